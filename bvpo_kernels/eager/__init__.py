@@ -1,0 +1,1 @@
+"""Tiled schedules in plain torch: no compiler needed, any device, bounded workspace."""

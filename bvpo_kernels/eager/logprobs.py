@@ -1,0 +1,276 @@
+"""LM-head schedules over [tokens, vocab] tiles in plain torch.
+
+A tile of logits is formed, consumed and dropped, so memory is bounded by `workspace_bytes`
+whatever T and V are. The target's column is kept out of the running sum: with
+s = sum_{v != y} exp(z_v - m) the log-probability is logsigmoid(z_y - m - log s), which does not
+cancel when p_y -> 1, and neither does the target's gradient 1 - p_y = -expm1(logp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements of a tile on CPU. A fp32 tile of this size stays in the last-level cache, so that the
+# four row passes over it do not go to memory; the GEMM is still large enough to run at full speed.
+CPU_TILE_ELEMENTS = 1 << 20
+TOKENS_PER_TILE = 1024
+# Bytes that one logit costs while a tile is alive: product, fp32 copy, fp32 temporary, downcast.
+BYTES_PER_LOGIT = 16
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits: z = softcap tanh((h W^T + b) / softcap) / temperature."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    temperature: float
+    softcap: float | None
+
+
+class ForwardResult(NamedTuple):
+    """Per-token results; lse = max_T + logsum_T. `unit_grad_TD` is d logp_t / d hidden_t."""
+
+    logprobs_T: Tensor
+    max_T: Tensor
+    logsum_T: Tensor
+    entropy_T: Tensor | None
+    unit_grad_TD: Tensor | None
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in the accumulation dtype.
+
+    On CUDA the GEMM writes fp32 directly. CPU torch has no such GEMM for half inputs: the product
+    is rounded to the input dtype once per tile (the error of a naive head), then widened.
+    """
+    out_dtype = _accumulate_dtype(left.dtype)
+    if left.is_cuda and out_dtype != left.dtype:
+        return torch.mm(left, right, out_dtype=out_dtype)
+    return torch.mm(left, right).to(out_dtype)
+
+
+def _tile_shape(num_tokens: int, vocab: int, device: torch.device, workspace: int) -> tuple[int, int]:
+    """Tokens and vocabulary columns of a tile that fits the workspace."""
+    elements = max(workspace // BYTES_PER_LOGIT, 1)
+    if device.type == "cpu":
+        elements = min(elements, CPU_TILE_ELEMENTS)
+    tokens = max(min(num_tokens, TOKENS_PER_TILE, elements), 1)
+    return tokens, max(min(vocab, elements // tokens), 1)
+
+
+def _ranges(total: int, step: int) -> Iterator[slice]:
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def _logits(hidden_TD: Tensor, head: Head, columns: slice) -> tuple[Tensor, Tensor | None]:
+    """A tile of final logits and, with a softcap, its derivative factor 1 - tanh^2."""
+    z = _mm(hidden_TD, head.weight_VD[columns].T)
+    if head.bias_V is not None:
+        z += head.bias_V[columns]
+    slope = None
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_()
+        slope = 1 - z * z
+        z.mul_(head.softcap)
+    return z.div_(head.temperature) if head.temperature != 1.0 else z, slope
+
+
+def _target_column(target_T: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Rows whose target lies in this tile (mask) and a column index that is valid for all rows."""
+    inside_T = (target_T >= columns.start) & (target_T < columns.stop)
+    index_T1 = (target_T - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None]
+    return inside_T, index_T1
+
+
+def _set_target(tile: Tensor, inside_T: Tensor, index_T1: Tensor, value_T: Tensor) -> Tensor:
+    """Overwrite each row's target entry where it is inside the tile; return the old entries."""
+    old_T1 = tile.gather(1, index_T1)
+    tile.scatter_(1, index_T1, torch.where(inside_T[:, None], value_T[:, None], old_T1))
+    return old_T1[:, 0]
+
+
+def _forward_rows(
+    hidden_TD: Tensor, target_T: Tensor, head: Head, vocab_tile: int, entropy: bool, unit: bool
+) -> ForwardResult:
+    """Online softmax over the vocabulary tiles for one chunk of tokens (all of them scored)."""
+    acc = _accumulate_dtype(hidden_TD.dtype)
+    new = dict(dtype=acc, device=hidden_TD.device)
+    num_tokens = hidden_TD.shape[0]
+    minus_inf_T = torch.full((num_tokens,), -torch.inf, **new)
+    max_T, sum_T = minus_inf_T.clone(), torch.zeros(num_tokens, **new)
+    target_z_T, target_slope_T = torch.zeros(num_tokens, **new), torch.ones(num_tokens, **new)
+    weighted_z_T = torch.zeros(num_tokens, **new)
+    unit_TD = torch.zeros(hidden_TD.shape, **new) if unit else None
+    for columns in _ranges(head.weight_VD.shape[0], vocab_tile):
+        z, slope = _logits(hidden_TD, head, columns)
+        inside_T, index_T1 = _target_column(target_T, columns)
+        old_T = _set_target(z, inside_T, index_T1, minus_inf_T)
+        target_z_T = torch.where(inside_T, old_T, target_z_T)
+        new_max_T = torch.maximum(max_T, z.amax(1))
+        # A tile may hold nothing but the target: then its maximum is -inf, and shifting by it NaN.
+        shift_T = new_max_T.where(new_max_T > -torch.inf, 0.0)
+        rescale_T = torch.exp(max_T - shift_T)
+        if entropy:
+            # Entropy needs sum p z; the excluded target's -inf must not meet a zero.
+            shifted = z - shift_T[:, None]
+            p = shifted.exp()
+            weighted_z_T.add_(torch.where(sum_T > 0, max_T - shift_T, 0.0) * sum_T)
+            _set_target(shifted, inside_T, index_T1, torch.zeros_like(shift_T))
+            weighted_z_T.mul_(rescale_T).add_((p * shifted).sum(1))
+        else:
+            p = z.sub_(shift_T[:, None]).exp_()
+        sum_T.mul_(rescale_T).add_(p.sum(1))
+        if unit_TD is not None:
+            if slope is not None:
+                slope_y_T = slope.gather(1, index_T1)[:, 0]
+                target_slope_T = torch.where(inside_T, slope_y_T, target_slope_T)
+                p.mul_(slope)
+            unit_TD.mul_(rescale_T[:, None])
+            unit_TD.add_(_mm(p.to(hidden_TD.dtype), head.weight_VD[columns]))
+        max_T = new_max_T
+    return _finish_rows(
+        hidden_TD.dtype, target_T, head, max_T, sum_T, target_z_T, target_slope_T,
+        weighted_z_T if entropy else None, unit_TD,
+    )  # fmt: skip
+
+
+def _finish_rows(
+    dtype: torch.dtype,
+    target_T: Tensor,
+    head: Head,
+    max_T: Tensor,
+    sum_T: Tensor,
+    target_z_T: Tensor,
+    target_slope_T: Tensor,
+    weighted_z_T: Tensor | None,
+    unit_TD: Tensor | None,
+) -> ForwardResult:
+    """Join the target's own entry to the sums over the other columns."""
+    # logsigmoid(z_y - lse_others), the difference taken before log s is added: exact for offsets.
+    shift_T = max_T.where(max_T > -torch.inf, target_z_T)  # V = 1: the others are empty
+    margin_T = (target_z_T - shift_T) - sum_T.log()
+    logprobs_T = torch.nn.functional.logsigmoid(margin_T)
+    # lse = z_y - logp, kept as two parts so that a large offset does not eat the fraction.
+    logsum_T = (target_z_T - shift_T) - logprobs_T
+    entropy_T = None
+    if weighted_z_T is not None:
+        # H = lse - sum_v p_v z_v, both relative to the shift.
+        others_T = weighted_z_T * torch.exp(-logsum_T)
+        target_part_T = logprobs_T.exp() * (target_z_T - shift_T)
+        entropy_T = (logsum_T - others_T - target_part_T).clamp_min(0)
+    if unit_TD is not None:
+        unit_TD.mul_(-torch.exp(-logsum_T)[:, None])
+        coefficient_T = -torch.expm1(logprobs_T) * target_slope_T
+        unit_TD.addcmul_(coefficient_T[:, None], head.weight_VD[target_T].to(unit_TD.dtype))
+        unit_TD.div_(head.temperature)
+        unit_TD = unit_TD.to(dtype)
+    return ForwardResult(logprobs_T, shift_T, logsum_T, entropy_T, unit_TD)
+
+
+def forward(
+    hidden_TD: Tensor, target_T: Tensor, head: Head, workspace: int, entropy: bool, unit: bool
+) -> ForwardResult:
+    """Schedules "scores only" (2 TVD) and, with `unit`, "frozen weight" (4 TVD); all rows scored."""
+    num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
+    tokens, columns = _tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
+    parts = [
+        _forward_rows(hidden_TD[rows], target_T[rows], head, columns, entropy, unit)
+        for rows in _ranges(num_tokens, tokens)
+    ]
+    fields = zip(*parts, strict=True)
+    return ForwardResult(*(None if f[0] is None else torch.cat(f) for f in fields))
+
+
+class BackwardInputs(NamedTuple):
+    """Rows to differentiate: the upstream gradient and what the forward kept."""
+
+    dlogprobs_T: Tensor
+    hidden_TD: Tensor
+    target_T: Tensor
+    logprobs_T: Tensor
+    max_T: Tensor
+    logsum_T: Tensor
+
+
+def _dlogits(rows: BackwardInputs, head: Head, columns: slice) -> Tensor:
+    """d loss / d (h W^T + b) for one tile, recomputed, in the accumulation dtype."""
+    z, slope = _logits(rows.hidden_TD, head, columns)
+    z.sub_(rows.max_T[:, None]).sub_(rows.logsum_T[:, None]).exp_()
+    upstream_T = rows.dlogprobs_T / head.temperature
+    z.mul_(-upstream_T[:, None])
+    inside_T, index_T1 = _target_column(rows.target_T, columns)
+    _set_target(z, inside_T, index_T1, -torch.expm1(rows.logprobs_T) * upstream_T)
+    return z.mul_(slope) if slope is not None else z
+
+
+def backward(
+    inputs: BackwardInputs, head: Head, workspace: int, need: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Exact gradients of hidden, weight and bias by recomputing each tile once (8 TVD in all).
+
+    Both weight and hidden need a fp32 accumulator unless one of them is finished tile by tile.
+    Vocabulary tiles run outermost, so dW is finished tile by tile and dH accumulates over T x D
+    fp32 numbers. Where those do not fit half the workspace, dH gets a sweep of its own with tokens
+    outermost (10 TVD): memory is never traded away.
+    """
+    need_hidden, need_weight, need_bias = need
+    hidden_TD = inputs.hidden_TD
+    acc = _accumulate_dtype(hidden_TD.dtype)
+    fits = acc == hidden_TD.dtype or hidden_TD.numel() * acc.itemsize <= workspace // 2
+    if need_hidden and (need_weight or need_bias) and not fits:
+        dhidden_TD, _, _ = backward(inputs, head, workspace, (True, False, False))
+        _, dweight_VD, dbias_V = backward(inputs, head, workspace, (False, need_weight, need_bias))
+        return dhidden_TD, dweight_VD, dbias_V
+    if need_hidden and not (need_weight or need_bias):
+        return _backward_hidden(inputs, head, workspace), None, None
+
+    num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
+    tokens, vocab_tile = _tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
+    dhidden_TD = torch.zeros_like(hidden_TD, dtype=acc) if need_hidden else None
+    dweight_VD = torch.empty_like(head.weight_VD) if need_weight else None
+    dbias_V = torch.empty_like(head.bias_V) if need_bias and head.bias_V is not None else None
+    for columns in _ranges(vocab, vocab_tile):
+        weight_tile = head.weight_VD[columns]
+        dweight_tile = torch.zeros_like(weight_tile, dtype=acc) if need_weight else None
+        dbias_tile = torch.zeros(weight_tile.shape[0], dtype=acc, device=weight_tile.device)
+        for rows in _ranges(num_tokens, tokens):
+            chunk = BackwardInputs(*(tensor[rows] for tensor in inputs))
+            dz = _dlogits(chunk, head, columns)
+            dbias_tile += dz.sum(0)
+            dz = dz.to(hidden_TD.dtype)
+            if dweight_tile is not None:
+                dweight_tile += _mm(dz.T, chunk.hidden_TD)
+            if dhidden_TD is not None:
+                dhidden_TD[rows] += _mm(dz, weight_tile)
+        if dweight_VD is not None and dweight_tile is not None:
+            dweight_VD[columns] = dweight_tile
+        if dbias_V is not None:
+            dbias_V[columns] = dbias_tile
+    if dhidden_TD is not None:
+        dhidden_TD = dhidden_TD.to(hidden_TD.dtype)
+    return dhidden_TD, dweight_VD, dbias_V
+
+
+def _backward_hidden(inputs: BackwardInputs, head: Head, workspace: int) -> Tensor:
+    """dH alone: tokens outermost, so that the accumulator is one chunk of rows."""
+    hidden_TD = inputs.hidden_TD
+    num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
+    tokens, vocab_tile = _tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
+    dhidden_TD = torch.empty_like(hidden_TD)
+    for rows in _ranges(num_tokens, tokens):
+        chunk = BackwardInputs(*(tensor[rows] for tensor in inputs))
+        part = torch.zeros_like(chunk.hidden_TD, dtype=_accumulate_dtype(hidden_TD.dtype))
+        for columns in _ranges(vocab, vocab_tile):
+            dz = _dlogits(chunk, head, columns).to(hidden_TD.dtype)
+            part += _mm(dz, head.weight_VD[columns])
+        dhidden_TD[rows] = part
+    return dhidden_TD

@@ -1,0 +1,1 @@
+"""Pairs of token ids -> one packed row, and back."""
