@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,3 +55,26 @@ def statuses() -> list[BackendStatus]:
 
 # Found once, at import: tracing a graph must not look for modules.
 MISSING: dict[str, str] = {status.name: status.reason for status in statuses()}
+
+
+def choose(impl: str, unsupported: Callable[[str], str]) -> str:
+    """The backend that will run; a named one that cannot serve the call raises.
+
+    Args:
+        impl: "auto" (the first of `PREFERENCE` that can) or the name of a backend.
+        unsupported: why a backend that is installed cannot serve this call, '' when it can.
+
+    Raises:
+        ValueError: naming what was asked for and which backends can.
+    """
+    reasons = {name: why or unsupported(name) for name, why in MISSING.items()}
+    if impl == "auto":
+        return next(name for name in PREFERENCE if not reasons[name])
+    if impl not in reasons:
+        raise ValueError(f"impl: expected 'auto' or one of {list(reasons)}, got {impl!r}")
+    if reasons[impl]:
+        serving = [name for name, reason in reasons.items() if not reason]
+        raise ValueError(
+            f"impl: {impl!r} cannot serve this call: {reasons[impl]}; these can: {serving}"
+        )
+    return impl

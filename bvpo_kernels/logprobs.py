@@ -28,6 +28,18 @@ def _validate(
             raise TypeError(f"{name}: expected bf16, fp16, fp32 or fp64, got {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
+    _validate_shapes(hidden, weight, target, bias)
+    if not temperature > 0 or temperature == float("inf"):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+    if softcap is not None and (not softcap > 0 or softcap == float("inf")):
+        raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
+    if not 0 <= tail_tolerance < 1:
+        raise ValueError(f"tail_tolerance: expected a number in [0, 1), got {tail_tolerance}")
+    if workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes: expected a number > 0, got {workspace_bytes}")
+
+
+def _validate_shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
     if hidden.ndim != 2:
         raise ValueError(f"hidden: expected shape [T, D], got {tuple(hidden.shape)}")
     num_tokens, dim = hidden.shape
@@ -44,19 +56,13 @@ def _validate(
         raise ValueError(f"target: expected device {hidden.device}, got {target.device}")
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
-    if not temperature > 0 or temperature == float("inf"):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
-    if softcap is not None and (not softcap > 0 or softcap == float("inf")):
-        raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
-    if not 0 <= tail_tolerance < 1:
-        raise ValueError(f"tail_tolerance: expected a number in [0, 1), got {tail_tolerance}")
-    if workspace_bytes <= 0:
-        raise ValueError(f"workspace_bytes: expected a number > 0, got {workspace_bytes}")
 
 
 def _choose(impl: str, device: str, dtype: torch.dtype) -> str:
     """The backend that will run; a named one that cannot serve the call raises."""
-    reasons = {name: why or _unsupported(name, device, dtype) for name, why in backends.MISSING.items()}
+    reasons = {
+        name: why or _unsupported(name, device, dtype) for name, why in backends.MISSING.items()
+    }
     if impl == "auto":
         return next(name for name in backends.PREFERENCE if not reasons[name])
     if impl not in reasons:
@@ -82,7 +88,7 @@ def _unsupported(name: str, device: str, dtype: torch.dtype) -> str:
 
 def _autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
     """What torch does to a linear layer under autocast; fp64 stays as it is there too."""
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
@@ -120,7 +126,7 @@ def linear_logprobs(
     return_entropy: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """logp_t = z_{t,y_t} - log sum_v exp z_{t,v},  z = softcap tanh((h W^T + b)/softcap)/temperature.
+    """logp_t = z_{t,y} - log sum_v exp z_{t,v},  z = softcap tanh((h W^T + b)/softcap)/temperature.
 
     Args:
         hidden: [T, D], bf16, fp16, fp32 or fp64. T = 0 is allowed.

