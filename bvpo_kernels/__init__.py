@@ -1,6 +1,36 @@
 """Fused log-prob kernels, per-sample gradient statistics and the optimal mixing weight for BVPO."""
 
+from bvpo_kernels import losses
 from bvpo_kernels.logprobs import linear_logprobs
-from bvpo_kernels.types import EMPTY, IGNORE_INDEX, KINDS, TRACE, BVPOLoss, PackedBatch, TokenPair, Unit
+from bvpo_kernels.losses import bvpo_loss
+from bvpo_kernels.packing import PackPlan, pack, plan_packs, segment_sum, unpack
+from bvpo_kernels.types import (
+    EMPTY,
+    IGNORE_INDEX,
+    KINDS,
+    TRACE,
+    BVPOLoss,
+    PackedBatch,
+    TokenPair,
+    Unit,
+)
 
+__all__ = [
+    "EMPTY",
+    "IGNORE_INDEX",
+    "KINDS",
+    "TRACE",
+    "BVPOLoss",
+    "PackPlan",
+    "PackedBatch",
+    "TokenPair",
+    "Unit",
+    "bvpo_loss",
+    "linear_logprobs",
+    "losses",
+    "pack",
+    "plan_packs",
+    "segment_sum",
+    "unpack",
+]
 __version__ = "0.1.0"

@@ -58,23 +58,6 @@ def _validate_shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tenso
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
 
 
-def _choose(impl: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that will run; a named one that cannot serve the call raises."""
-    reasons = {
-        name: why or _unsupported(name, device, dtype) for name, why in backends.MISSING.items()
-    }
-    if impl == "auto":
-        return next(name for name in backends.PREFERENCE if not reasons[name])
-    if impl not in reasons:
-        raise ValueError(f"impl: expected 'auto' or one of {list(reasons)}, got {impl!r}")
-    if reasons[impl]:
-        serving = [name for name, reason in reasons.items() if not reason]
-        raise ValueError(
-            f"impl: {impl!r} cannot serve this call: {reasons[impl]}; these can: {serving}"
-        )
-    return impl
-
-
 def _unsupported(name: str, device: str, dtype: torch.dtype) -> str:
     """Why a backend that is installed cannot serve these inputs; '' when it can."""
     if name == "cpp" and device != "cpu":
@@ -162,7 +145,8 @@ def linear_logprobs(
     _validate(hidden, weight, target, bias, temperature, softcap, tail_tolerance, workspace)
     if tail_tolerance > 0:
         raise NotImplementedError("tail_tolerance > 0: the certified sparse backward is not built")
-    chosen = _choose(impl, device, hidden.dtype)
+    dtype = hidden.dtype
+    chosen = backends.choose(impl, lambda name: _unsupported(name, device, dtype))
     target = target.to(torch.int64)
     if chosen == "reference":
         logprobs, entropy = reference_logprobs.linear_logprobs(

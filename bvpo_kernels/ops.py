@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bvpo_kernels import compiled
+from bvpo_kernels import checks, compiled
 from bvpo_kernels.eager import logprobs as eager_logprobs
 from bvpo_kernels.eager import packing as eager_packing
 
@@ -218,6 +218,8 @@ torch.library.register_autograd(
 
 @torch.library.impl(LIB, "segment_sum", "CompositeExplicitAutograd")
 def _segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    # Here and not in the public function: a graph cannot be traced through checks of values.
+    checks.cu_seqlens_values(cu_seqlens, values.shape[0])
     return eager_packing.segment_sum(values, cu_seqlens)
 
 

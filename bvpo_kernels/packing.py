@@ -1,1 +1,360 @@
-"""Pairs of token ids -> one packed row, and back."""
+"""Pairs of token ids -> one packed row, and back; the plan of the rows; sums over segments."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bvpo_kernels import backends, checks, ops  # noqa: F401  (ops registers the operators)
+from bvpo_kernels.reference import packing as reference_packing
+from bvpo_kernels.types import IGNORE_INDEX, KINDS, PackedBatch, TokenPair, Unit
+
+_FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_MAX_TOKENS = torch.iinfo(torch.int32).max
+
+
+class _Segment(NamedTuple):
+    prompt: list[int]
+    response: list[int]
+
+
+class _Group(NamedTuple):
+    """The segments of one unit and kind, chosen and rejected alternating."""
+
+    unit: int
+    kind: int
+    segments: list[_Segment]
+
+
+def _token_ids(where: str, ids: Sequence[int]) -> list[int]:
+    try:
+        listed = [operator.index(token) for token in ids]
+    except TypeError as error:
+        raise TypeError(f"{where}: expected integer token ids: {error}") from None
+    if not listed:
+        raise ValueError(f"{where}: expected at least one token, got none")
+    if min(listed) < 0:
+        raise ValueError(f"{where}: expected token ids >= 0, got {min(listed)}")
+    return listed
+
+
+def _groups(units: Sequence[Unit], kinds: Sequence[str]) -> Iterator[_Group]:
+    """Every (unit, kind) that has pairs, in pack order."""
+    for unit_index, unit in enumerate(units):
+        unknown = sorted(set(unit.pairs) - set(kinds))
+        if unknown:
+            raise ValueError(f"unit {unit.unit_id!r}: expected kinds of {kinds}, got {unknown}")
+        for kind_index, kind in enumerate(kinds):
+            segments = []
+            for number, pair in enumerate(unit.pairs.get(kind, ())):
+                where = f"unit {unit.unit_id!r}, kind {kind!r}, pair {number}"
+                prompt = _token_ids(f"{where}, prompt", pair.prompt)
+                for side in ("chosen", "rejected"):
+                    response = _token_ids(f"{where}, {side}", getattr(pair, side))
+                    segments.append(_Segment(prompt, response))
+            if segments:
+                yield _Group(unit_index, kind_index, segments)
+
+
+def pack(
+    units: Sequence[Unit],
+    *,
+    kinds: Sequence[str] = KINDS,
+    device: torch.device | str | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> PackedBatch:
+    """Lay `units` out as one row of tokens: each pair is [prompt chosen] [prompt rejected].
+
+    The first response token is predicted by the last prompt token, hence `target_T` at the last
+    position of the prompt; no other prompt position, and no last position of a segment, is scored.
+
+    Args:
+        units: packed in the given order; a unit may lack a kind. No units give an empty batch.
+        kinds: names of the kinds, in the order in which a unit's groups are laid out.
+        device: where the tensors go; None is the CPU.
+        ignore_index: target of positions that are not scored, < 0.
+
+    Raises:
+        ValueError: a kind that `kinds` does not name, an empty prompt or response, a negative token
+            id (with the unit, the kind and the pair), or more tokens than int32 counts.
+        TypeError: a token id that is not an integer.
+    """
+    kinds = tuple(kinds)
+    if len(set(kinds)) != len(kinds):
+        raise ValueError(f"kinds: expected distinct names, got {kinds}")
+    if ignore_index >= 0:
+        raise ValueError(f"ignore_index: expected a number < 0, got {ignore_index}")
+    tokens: list[int] = []
+    position_ids: list[int] = []
+    target: list[int] = []
+    bounds, scored_lengths, pair_group, group_ranges = [0], [], [], []
+    groups = list(_groups(units, kinds))
+    for index, group in enumerate(groups):
+        start = len(tokens)
+        for prompt, response in group.segments:
+            tokens += prompt + response
+            position_ids += range(len(prompt) + len(response))
+            target += [ignore_index] * (len(prompt) - 1) + response + [ignore_index]
+            bounds.append(len(tokens))
+            scored_lengths.append(len(response))
+        pair_group += [index] * (len(group.segments) // 2)
+        group_ranges.append((start, len(tokens)))
+    if len(tokens) > _MAX_TOKENS:
+        raise ValueError(f"units: expected at most {_MAX_TOKENS} tokens, got {len(tokens)}")
+    batch = PackedBatch(
+        tokens_T=torch.tensor(tokens, dtype=torch.int64),
+        position_ids_T=torch.tensor(position_ids, dtype=torch.int64),
+        target_T=torch.tensor(target, dtype=torch.int64),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        scored_lengths_S=torch.tensor(scored_lengths, dtype=torch.int64),
+        pair_group_P=torch.tensor(pair_group, dtype=torch.int64),
+        group_ranges_G2=torch.tensor(group_ranges, dtype=torch.int64).reshape(-1, 2),
+        group_unit_G=torch.tensor([group.unit for group in groups], dtype=torch.int64),
+        group_kind_G=torch.tensor([group.kind for group in groups], dtype=torch.int64),
+        unit_ids=tuple(unit.unit_id for unit in units),
+        kinds=kinds,
+        max_seqlen=max((len(p) + len(r) for g in groups for p, r in g.segments), default=0),
+    )
+    return batch if device is None else batch.to(device)
+
+
+def unpack(batch: PackedBatch) -> list[Unit]:
+    """The inverse of `pack`: token ids come back as tuples, kinds without pairs are left out."""
+    tokens, bounds = batch.tokens_T.tolist(), batch.cu_seqlens.tolist()
+    scored = batch.scored_lengths_S.tolist()
+    group_unit, group_kind = batch.group_unit_G.tolist(), batch.group_kind_G.tolist()
+    pairs: list[dict[str, tuple[TokenPair, ...]]] = [{} for _ in batch.unit_ids]
+    for number, group in enumerate(batch.pair_group_P.tolist()):
+        start, middle, end = bounds[2 * number : 2 * number + 3]
+        chosen_start, rejected_start = middle - scored[2 * number], end - scored[2 * number + 1]
+        pair = TokenPair(
+            prompt=tuple(tokens[start:chosen_start]),
+            chosen=tuple(tokens[chosen_start:middle]),
+            rejected=tuple(tokens[rejected_start:end]),
+        )
+        of_unit, kind = pairs[group_unit[group]], batch.kinds[group_kind[group]]
+        of_unit[kind] = (*of_unit.get(kind, ()), pair)
+    return [Unit(name, of_unit) for name, of_unit in zip(batch.unit_ids, pairs, strict=True)]
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Which units share a pack.
+
+    bins: indices of the units of each pack, ascending. fill: tokens / (packs * budget), in [0, 1];
+    1 for a plan without packs.
+    """
+
+    bins: list[list[int]]
+    fill: float
+
+
+def plan_packs(
+    lengths: Sequence[int], token_budget: int, *, names: Sequence[str] | None = None
+) -> PackPlan:
+    """Distribute whole units over packs of at most `token_budget` tokens: first-fit decreasing.
+
+    The longest unit goes first, each one into the first pack that has room (equal lengths in the
+    given order), which needs at most 11/9 of the fewest packs possible plus 6/9. A unit is never
+    split: what is inside one must meet in one backward.
+
+    Args:
+        lengths: tokens of each unit (`Unit.num_tokens`), >= 0.
+        token_budget: tokens that a pack may hold, > 0.
+        names: what to call the units in errors; their indices if None.
+
+    Raises:
+        ValueError: a negative length, a budget that is not positive, names of another number than
+            lengths, or a unit longer than the budget (with its name, its length and the budget).
+
+    Source: Dosa, "The tight bound of first fit decreasing bin-packing algorithm is
+    FFD(I) <= 11/9 OPT(I) + 6/9", ESCAPE 2007.
+    """
+    if token_budget <= 0:
+        raise ValueError(f"token_budget: expected a number > 0, got {token_budget}")
+    if names is not None and len(names) != len(lengths):
+        raise ValueError(f"names: expected {len(lengths)} names, got {len(names)}")
+    for index, length in enumerate(lengths):
+        name = f"unit {index if names is None else repr(names[index])}"
+        if length < 0:
+            raise ValueError(f"lengths: {name}: expected a number >= 0, got {length}")
+        if length > token_budget:
+            raise ValueError(
+                f"token_budget: {name} has {length} tokens, more than the budget of {token_budget}"
+                " (units are never split)"
+            )
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        target = next((b for b, left in enumerate(room) if left >= length), None)
+        if target is None:
+            target = len(bins)
+            bins.append([])
+            room.append(token_budget)
+        bins[target].append(index)
+        room[target] -= length
+    fill = sum(lengths) / (len(bins) * token_budget) if bins else 1.0
+    return PackPlan([sorted(members) for members in bins], fill)
+
+
+def validate_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Check segment bounds: int32 [S + 1], first 0, never decreasing, last `num_tokens`.
+
+    Raises:
+        TypeError, ValueError: with what was expected and what was given. The values of a CUDA
+            tensor are asserted on the device, without waiting for it.
+    """
+    checks.cu_seqlens_form(cu_seqlens)
+    checks.cu_seqlens_values(cu_seqlens, num_tokens)
+
+
+def validate(batch: PackedBatch, *, ignore_index: int = IGNORE_INDEX) -> None:
+    """Check that the tensors of a batch agree with each other and with `PackedBatch`'s contract.
+
+    Args:
+        batch: what `pack` made, or something that claims to be like it.
+        ignore_index: the one that it was packed with.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what was given. The values of
+            CUDA tensors are asserted on the device, without waiting for it.
+    """
+    _validate_forms(batch)
+    validate_cu_seqlens(batch.cu_seqlens, batch.num_tokens)
+    _validate_tokens(batch, ignore_index)
+    _validate_groups(batch)
+
+
+def _validate_forms(batch: PackedBatch) -> None:
+    tokens, pairs, groups = batch.num_tokens, batch.num_pairs, batch.group_kind_G.numel()
+    shapes = {
+        "tokens_T": (tokens,),
+        "position_ids_T": (tokens,),
+        "target_T": (tokens,),
+        "cu_seqlens": (2 * pairs + 1,),
+        "scored_lengths_S": (2 * pairs,),
+        "pair_group_P": (pairs,),
+        "group_ranges_G2": (groups, 2),
+        "group_unit_G": (groups,),
+        "group_kind_G": (groups,),
+    }
+    for name, shape in shapes.items():
+        tensor = getattr(batch, name)
+        dtype = torch.int32 if name == "cu_seqlens" else torch.int64
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.device != batch.tokens_T.device:
+            raise ValueError(
+                f"{name}: expected device {batch.tokens_T.device}, got {tensor.device}"
+            )
+
+
+def _validate_tokens(batch: PackedBatch, ignore_index: int) -> None:
+    """Lengths, positions and targets, recomputed from tokens_T, cu_seqlens and scored_lengths_S."""
+    tokens_T, scored_S = batch.tokens_T, batch.scored_lengths_S
+    bounds = batch.cu_seqlens.to(torch.int64)
+    length_S = bounds.diff()
+    longest = torch.cat([length_S, length_S.new_zeros(1)]).max()
+    checks.require(
+        longest == batch.max_seqlen,
+        f"max_seqlen: expected the length of the longest segment for {batch.max_seqlen}",
+        lambda: f"segments of up to {int(longest)}",
+    )
+    _require_all((scored_S >= 1) & (scored_S < length_S), scored_S, "scored_lengths_S",
+                 "a response and a prompt of at least one token in each segment")  # fmt: skip
+    _require_all(tokens_T >= 0, tokens_T, "tokens_T", "token ids >= 0")
+    index_T = torch.arange(batch.num_tokens, device=tokens_T.device)
+    segment_T = torch.searchsorted(bounds[1:].contiguous(), index_T, right=True)
+    position_T = index_T - bounds[:-1][segment_T]
+    _require_all(batch.position_ids_T == position_T, batch.position_ids_T, "position_ids_T",
+                 "positions that restart at 0 in each segment")  # fmt: skip
+    first_T = (length_S - scored_S)[segment_T] - 1
+    scored_T = (position_T >= first_T) & (position_T < length_S[segment_T] - 1)
+    target_T = tokens_T.roll(-1).where(scored_T, ignore_index)
+    _require_all(batch.target_T == target_T, batch.target_T, "target_T",
+                 "the next token where it belongs to the response of the same segment, and "
+                 f"{ignore_index} elsewhere")  # fmt: skip
+
+
+def _validate_groups(batch: PackedBatch) -> None:
+    """Pairs lie in groups in order; groups are contiguous, cover the row and are not repeated."""
+    unit_G, kind_G, group_P = batch.group_unit_G, batch.group_kind_G, batch.pair_group_P
+    num_groups = unit_G.numel()
+    units, kinds = len(batch.unit_ids), len(batch.kinds)
+    _require_all(
+        (unit_G >= 0) & (unit_G < units), unit_G, "group_unit_G", f"values in [0, {units})"
+    )
+    _require_all(
+        (kind_G >= 0) & (kind_G < kinds), kind_G, "group_kind_G", f"values in [0, {kinds})"
+    )
+    _require_all((unit_G * kinds + kind_G).diff() > 0, unit_G[1:], "group_unit_G",
+                 "groups in order of unit, then kind, without repetition")  # fmt: skip
+    group_G = torch.arange(num_groups, device=group_P.device)
+    first_G = torch.searchsorted(group_P, group_G)
+    stop_G = torch.searchsorted(group_P, group_G, right=True)
+    inside_P = (group_P >= 0) & (group_P < num_groups)
+    _require_all(inside_P, group_P, "pair_group_P", f"values in [0, {num_groups})")
+    _require_all(group_P.diff() >= 0, group_P[1:], "pair_group_P", "values that do not decrease")
+    pairs_G = stop_G - first_G
+    _require_all(pairs_G > 0, pairs_G, "pair_group_P", "at least one pair in each group")
+    bounds = batch.cu_seqlens.to(torch.int64)
+    ranges_G2 = torch.stack([bounds[2 * first_G], bounds[2 * stop_G]], 1)
+    _require_all(batch.group_ranges_G2 == ranges_G2, batch.group_ranges_G2, "group_ranges_G2",
+                 "the token range of each group's pairs")  # fmt: skip
+
+
+def _require_all(valid: Tensor, values: Tensor, name: str, expected: str) -> None:
+    """All of `valid`; otherwise say which entry of `values`, the first that is not."""
+
+    def got() -> str:
+        index = int((~valid).flatten().nonzero()[0])
+        return f"{int(values.flatten()[index])} at flat index {index}"
+
+    checks.require(valid.all(), f"{name}: expected {expected}", got)
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Tensor:
+    """sum_s = sum_{t in [cu_s, cu_{s+1})} values_t, the same bits wherever the segment lies.
+
+    Args:
+        values: [T], bf16, fp16, fp32 or fp64. T = 0 is allowed.
+        cu_seqlens: [S + 1], int32, device of `values`; first 0, never decreasing, last T. A segment
+            may be empty: its sum is 0.
+        impl: "auto", or "reference", "eager", ... (`python -m bvpo_kernels` lists them).
+
+    Returns:
+        [S], fp32 (fp64 for fp64 values), in the unit of `values`: added in fp64 in a fixed order
+        within each segment, rounded once. The gradient of a token is that of its segment, exactly.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was given. The values
+            of a CUDA `cu_seqlens` are asserted on the device, without waiting for it.
+
+    Source: DESIGN.md, "Contracts".
+    """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values: expected a Tensor, got {type(values).__name__}")
+    if values.dtype not in _FLOAT_DTYPES:
+        raise TypeError(f"values: expected bf16, fp16, fp32 or fp64, got {values.dtype}")
+    if values.ndim != 1:
+        raise ValueError(f"values: expected shape [T], got {tuple(values.shape)}")
+    checks.cu_seqlens_form(cu_seqlens)
+    if cu_seqlens.device != values.device:
+        raise ValueError(f"cu_seqlens: expected device {values.device}, got {cu_seqlens.device}")
+    if backends.choose(impl, _no_segment_sum) == "reference":
+        checks.cu_seqlens_values(cu_seqlens, values.shape[0])
+        return reference_packing.segment_sum(values, cu_seqlens)
+    return torch.ops.bvpo.segment_sum(values, cu_seqlens)
+
+
+def _no_segment_sum(backend: str) -> str:
+    """Why a backend that is installed cannot serve `segment_sum`; '' when it can."""
+    return "" if backend in ("reference", "eager") else "it has no kernel of segment_sum"
