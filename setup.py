@@ -25,7 +25,7 @@ def say(message):
 def cpu_extension():
     """csrc/cpu for any x86-64 or ARM machine: wider instructions are chosen at run time."""
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-    flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall",
+    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall",
              "-Wno-psabi", "-Wno-unknown-pragmas"]  # fmt: skip
     link = ["-fopenmp"]
     if os.environ.get("BVPO_SANITIZE") == "1":

@@ -31,10 +31,9 @@ def report() -> str:
         f"GPU           {', '.join(gpus) or 'none'}",
         "backends      (impl=...)",
     ]
-    for status in backends.statuses():
-        state = "usable" if status.usable else "not usable"
-        why = status.detail if status.usable else status.reason
-        lines.append(f"  {status.name:<10}  {state:<10}  {why}")
+    for name, reason in backends.MISSING.items():
+        state = "not usable" if reason else "usable"
+        lines.append(f"  {name:<10}  {state:<10}  {reason or backends.describe(name)}")
     return "\n".join(lines)
 
 

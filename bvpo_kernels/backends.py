@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
 
 from bvpo_kernels import compiled
 
@@ -14,47 +11,30 @@ from bvpo_kernels import compiled
 PREFERENCE = ("cuda", "triton", "cpp", "eager")
 
 
-@dataclass(frozen=True)
-class BackendStatus:
-    """`reason` is empty when the backend is usable; `detail` says what it will run."""
-
-    name: str
-    reason: str = ""
-    detail: str = ""
-
-    @property
-    def usable(self) -> bool:
-        return not self.reason
-
-
-def _cpp() -> BackendStatus:
-    return BackendStatus("cpp", reason=compiled.why_missing("cpu"), detail=compiled.cpu_detail())
-
-
-def _triton() -> BackendStatus:
+def _why_no_triton() -> str:
     if importlib.util.find_spec("triton") is None:
-        return BackendStatus("triton", "triton is not installed (pip install bvpo_kernels[triton])")
-    return BackendStatus("triton", "no Triton kernels in this version")
+        return "triton is not installed (pip install bvpo_kernels[triton])"
+    return "no Triton kernels in this version"
 
 
-def _cuda() -> BackendStatus:
-    return BackendStatus("cuda", compiled.why_missing("cuda"))
+# Backend -> why it cannot be used here, '' when it can; from slow to fast. Found once, at import:
+# tracing a graph must not look for modules.
+MISSING: dict[str, str] = {
+    "reference": "",
+    "eager": "",
+    "cpp": compiled.why_missing("cpu"),
+    "triton": _why_no_triton(),
+    "cuda": compiled.why_missing("cuda"),
+}
 
 
-def statuses() -> list[BackendStatus]:
-    """Every known backend, usable or not, in order of preference from slow to fast."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return [
-        BackendStatus("reference", detail="naive torch, any dtype, all logits in memory"),
-        BackendStatus("eager", detail=f"tiled torch, any device ({device}), bounded workspace"),
-        _cpp(),
-        _triton(),
-        _cuda(),
-    ]
-
-
-# Found once, at import: tracing a graph must not look for modules.
-MISSING: dict[str, str] = {status.name: status.reason for status in statuses()}
+def describe(name: str) -> str:
+    """What a usable backend runs, in a few words."""
+    return {
+        "reference": "naive torch, any dtype, all logits in memory",
+        "eager": "tiled torch, any device, bounded workspace",
+        "cpp": f"C++ tiles on CPU tensors ({compiled.cpu_detail()})",
+    }[name]
 
 
 def choose(impl: str, unsupported: Callable[[str], str]) -> str:

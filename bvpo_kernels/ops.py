@@ -6,12 +6,13 @@ needed) and runs it. Each op allocates its outputs, mutates nothing and is safe 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bvpo_kernels import checks, compiled
+from bvpo_kernels import checks
 from bvpo_kernels.eager import logprobs as eager_logprobs
 from bvpo_kernels.eager import packing as eager_packing
 
@@ -31,11 +32,34 @@ LIB.define(
 )
 LIB.define("segment_sum(Tensor values, Tensor cu_seqlens) -> Tensor")
 
-_LOGPROBS = {"eager": eager_logprobs}
-if not compiled.why_missing("cpu"):
-    from bvpo_kernels.compiled import logprobs as cpp_logprobs
+# Implemented in csrc/cpu; the same arguments without `impl`.
+LIB.define(
+    "cpu_linear_logprobs_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
+    "float temperature, float? softcap, int ignore_index, int workspace_bytes, bool need_entropy, "
+    "bool need_unit_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIB.define(
+    "cpu_linear_logprobs_backward(Tensor dlogprobs, Tensor hidden, Tensor weight, Tensor target, "
+    "Tensor? bias, Tensor logprobs, Tensor max, Tensor logsum, float temperature, float? softcap, "
+    "int ignore_index, int workspace_bytes, bool need_hidden, bool need_weight, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+LIB.define("cpu_path(ScalarType dtype) -> str")
 
-    _LOGPROBS["cpp"] = cpp_logprobs
+
+class _Implementation(NamedTuple):
+    """What serves `linear_logprobs`: the two ops' arguments without `impl`, the same results."""
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+_LOGPROBS = {
+    "eager": _Implementation(eager_logprobs.forward, eager_logprobs.backward),
+    "cpp": _Implementation(
+        torch.ops.bvpo.cpu_linear_logprobs_forward, torch.ops.bvpo.cpu_linear_logprobs_backward
+    ),
+}
 
 
 def _check_target_values(target_T: Tensor, vocab: int, ignore_index: int) -> None:
@@ -48,25 +72,6 @@ def _check_target_values(target_T: Tensor, vocab: int, ignore_index: int) -> Non
         raise ValueError(
             f"target: expected values in [0, {vocab}) or ignore_index={ignore_index}, got {bad}"
         )
-
-
-def _scored_rows(target_T: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the rows to compute; None means all of them.
-
-    Ignored rows are compacted away where that needs no host synchronisation; on a GPU they run
-    through the GEMM with a placeholder target and their results are masked.
-    """
-    if target_T.is_cuda:
-        return None
-    scored_T = target_T != ignore_index
-    return None if bool(scored_T.all()) else scored_T.nonzero()[:, 0]
-
-
-def _expand(values: Tensor, rows: Tensor | None, num_tokens: int) -> Tensor:
-    if rows is None:
-        return values
-    full = values.new_zeros((num_tokens, *values.shape[1:]))
-    return full.index_copy_(0, rows, values)
 
 
 @torch.library.impl(LIB, "linear_logprobs_forward", "CompositeExplicitAutograd")
@@ -84,25 +89,10 @@ def _logprobs_forward(
     impl: str,
 ) -> tuple[Tensor, ...]:
     _check_target_values(target, weight.shape[0], ignore_index)
-    head = eager_logprobs.Head(weight, bias, temperature, softcap)
-    rows = _scored_rows(target, ignore_index)
-    hidden_rows = hidden if rows is None else hidden[rows]
-    target_rows = target if rows is None else target[rows]
-    ignored = target_rows == ignore_index
-    target_rows = target_rows.masked_fill(ignored, 0)
-    if hidden_rows.shape[0] == 0:
-        return _forward_buffers(hidden, need_entropy, need_unit_grad, torch.zeros)
-    result = _LOGPROBS[impl].forward(
-        hidden_rows, target_rows, head, workspace_bytes, need_entropy, need_unit_grad
-    )
-    out = [
-        hidden.new_empty(0) if value is None else _expand(value, rows, hidden.shape[0])
-        for value in result
-    ]
-    if rows is None and hidden.is_cuda:
-        out[0] = out[0].masked_fill(ignored, 0)
-        out[3] = out[3].masked_fill(ignored, 0) if need_entropy else out[3]
-    return tuple(out)
+    return _LOGPROBS[impl].forward(
+        hidden, weight, target, bias, temperature, softcap, ignore_index, workspace_bytes,
+        need_entropy, need_unit_grad,
+    )  # fmt: skip
 
 
 def _forward_buffers(hidden: Tensor, entropy: bool, unit: bool, make: Any) -> tuple[Tensor, ...]:
@@ -142,24 +132,10 @@ def _logprobs_backward(
     need_bias: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    head = eager_logprobs.Head(weight, bias, temperature, softcap)
-    rows = _scored_rows(target, ignore_index)
-    ignored = target == ignore_index
-    inputs = eager_logprobs.BackwardInputs(
-        dlogprobs.masked_fill(ignored, 0), hidden, target.masked_fill(ignored, 0),
-        logprobs, max, logsum,
+    return _LOGPROBS[impl].backward(
+        dlogprobs, hidden, weight, target, bias, logprobs, max, logsum, temperature, softcap,
+        ignore_index, workspace_bytes, need_hidden, need_weight, need_bias,
     )  # fmt: skip
-    if rows is not None:
-        inputs = eager_logprobs.BackwardInputs(*(tensor[rows] for tensor in inputs))
-    need = (need_hidden, need_weight, need_bias)
-    if inputs.hidden_TD.shape[0] == 0:
-        return _backward_buffers(hidden, weight, bias, need, torch.zeros)
-    dhidden, dweight, dbias = _LOGPROBS[impl].backward(inputs, head, workspace_bytes, need)
-    return (
-        hidden.new_empty(0) if dhidden is None else _expand(dhidden, rows, hidden.shape[0]),
-        weight.new_empty(0) if dweight is None else dweight,
-        weight.new_empty(0) if dbias is None else dbias,
-    )
 
 
 def _backward_buffers(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 
+import torch
+
 _MODULES = {"cpu": "bvpo_kernels._cpu", "cuda": "bvpo_kernels._cuda"}
 _SWITCHES = {"cpu": "BVPO_USE_CPP", "cuda": "BVPO_USE_CUDA"}
 
@@ -31,4 +33,8 @@ def why_missing(name: str) -> str:
 
 
 def cpu_detail() -> str:
-    return ""
+    """Which products the CPU kernels run on here, by dtype; '' when they are missing."""
+    if why_missing("cpu"):
+        return ""
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return ", ".join(f"{name}: {torch.ops.bvpo.cpu_path(dtype)}" for name, dtype in names.items())

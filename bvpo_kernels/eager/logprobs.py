@@ -178,7 +178,7 @@ def _finish_rows(
     return ForwardResult(logprobs_T, shift_T, logsum_T, entropy_T, unit_TD)
 
 
-def forward(
+def _forward_scored(
     hidden_TD: Tensor, target_T: Tensor, head: Head, workspace: int, entropy: bool, unit: bool
 ) -> ForwardResult:
     """Schedules "scores only" (2 TVD) and, with `unit`, "frozen weight" (4 TVD).
@@ -189,7 +189,7 @@ def forward(
     tokens, columns = _tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
     parts = [
         _forward_rows(hidden_TD[rows], target_T[rows], head, columns, entropy, unit)
-        for rows in _ranges(num_tokens, tokens)
+        for rows in _ranges(max(num_tokens, 1), tokens)
     ]
     fields: Any = zip(*parts, strict=True)
     return ForwardResult._make(None if f[0] is None else torch.cat(f) for f in fields)
@@ -217,7 +217,7 @@ def _dlogits(rows: BackwardInputs, head: Head, columns: slice) -> Tensor:
     return z.mul_(slope) if slope is not None else z
 
 
-def backward(
+def _backward_scored(
     inputs: BackwardInputs, head: Head, workspace: int, need: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Exact gradients of hidden, weight and bias by recomputing each tile once (8 TVD in all).
@@ -232,8 +232,10 @@ def backward(
     acc = _accumulate_dtype(hidden_TD.dtype)
     fits = acc == hidden_TD.dtype or hidden_TD.numel() * acc.itemsize <= workspace // 2
     if need_hidden and (need_weight or need_bias) and not fits:
-        dhidden_TD, _, _ = backward(inputs, head, workspace, (True, False, False))
-        _, dweight_VD, dbias_V = backward(inputs, head, workspace, (False, need_weight, need_bias))
+        dhidden_TD, _, _ = _backward_scored(inputs, head, workspace, (True, False, False))
+        _, dweight_VD, dbias_V = _backward_scored(
+            inputs, head, workspace, (False, need_weight, need_bias)
+        )
         return dhidden_TD, dweight_VD, dbias_V
     if need_hidden and not (need_weight or need_bias):
         return _backward_hidden(inputs, head, workspace), None, None
@@ -279,3 +281,85 @@ def _backward_hidden(inputs: BackwardInputs, head: Head, workspace: int) -> Tens
             part += _mm(dz, head.weight_VD[columns])
         dhidden_TD[rows] = part
     return dhidden_TD
+
+
+def _scored_rows(target_T: Tensor, ignore_index: int) -> Tensor | None:
+    """Indices of the rows to compute; None means all of them.
+
+    Ignored rows are compacted away where that needs no host synchronisation; on a GPU they run
+    through the GEMM with a placeholder target and their results are masked.
+    """
+    if target_T.is_cuda:
+        return None
+    scored_T = target_T != ignore_index
+    return None if bool(scored_T.all()) else scored_T.nonzero()[:, 0]
+
+
+def _expand(values: Tensor, rows: Tensor | None, num_tokens: int) -> Tensor:
+    if rows is None:
+        return values
+    full = values.new_zeros((num_tokens, *values.shape[1:]))
+    return full.index_copy_(0, rows, values)
+
+
+def forward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    workspace: int,
+    need_entropy: bool,
+    need_unit_grad: bool,
+) -> tuple[Tensor, ...]:
+    """The op `bvpo::linear_logprobs_forward`; results that are not wanted are empty."""
+    head = Head(weight_VD, bias_V, temperature, softcap)
+    num_tokens, rows = hidden_TD.shape[0], _scored_rows(target_T, ignore_index)
+    ignored_T = target_T == ignore_index
+    target_T = target_T.masked_fill(ignored_T, 0)
+    if rows is not None:
+        hidden_TD, target_T = hidden_TD[rows], target_T[rows]
+    result = _forward_scored(hidden_TD, target_T, head, workspace, need_entropy, need_unit_grad)
+    out = [hidden_TD.new_empty(0) if v is None else _expand(v, rows, num_tokens) for v in result]
+    if rows is None:
+        out[0] = out[0].masked_fill(ignored_T, 0)
+        out[3] = out[3].masked_fill(ignored_T, 0) if need_entropy else out[3]
+    return tuple(out)
+
+
+def backward(
+    dlogprobs_T: Tensor,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    logprobs_T: Tensor,
+    max_T: Tensor,
+    logsum_T: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    workspace: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    """The op `bvpo::linear_logprobs_backward`; gradients that are not wanted are empty."""
+    head = Head(weight_VD, bias_V, temperature, softcap)
+    num_tokens, rows = hidden_TD.shape[0], _scored_rows(target_T, ignore_index)
+    ignored_T = target_T == ignore_index
+    inputs = BackwardInputs(
+        dlogprobs_T.masked_fill(ignored_T, 0), hidden_TD, target_T.masked_fill(ignored_T, 0),
+        logprobs_T, max_T, logsum_T,
+    )  # fmt: skip
+    if rows is not None:
+        inputs = BackwardInputs(*(tensor[rows] for tensor in inputs))
+    need = (need_hidden, need_weight, need_bias)
+    dhidden, dweight, dbias = _backward_scored(inputs, head, workspace, need)
+    return (
+        hidden_TD.new_empty(0) if dhidden is None else _expand(dhidden, rows, num_tokens),
+        weight_VD.new_empty(0) if dweight is None else dweight,
+        weight_VD.new_empty(0) if dbias is None else dbias,
+    )

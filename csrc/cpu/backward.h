@@ -1,0 +1,291 @@
+// Schedule "trained, exact": each tile of logits is recomputed once and gives dH and dW.
+#pragma once
+
+#include <cmath>
+#include <numeric>
+
+#include "head.h"
+
+namespace bvpo {
+
+// Upstream gradient and what the forward kept, by row of the caller's tensors.
+struct BackwardIn {
+  const float* dlogprobs;
+  const float* logprobs;
+  const float* max;
+  const float* logsum;
+};
+
+// Gradients; null where not wanted.
+struct BackwardOut {
+  void* dhidden;  // [T, D], rows of ignored targets already zero
+  int64_t dhidden_stride;
+  void* dweight;  // [V, D], contiguous
+  float* dbias;   // [V]
+};
+
+// Per-token vectors in the order of the scored tokens, padded with harmless values.
+struct TokenVectors {
+  Buffer<float> max, logsum, scale, own, slope;
+
+  template <typename T, typename In>
+  TokenVectors(const Head<T, In>& head, const BackwardIn& in)
+      : max(size(head)), logsum(size(head)), scale(size(head)), own(size(head)), slope(size(head)) {
+    const float inverse = 1.0f / head.transform.temperature;
+    for (int64_t t = 0; t < size(head); ++t) {
+      const bool real = t < head.num_tokens;
+      const int64_t row = real ? head.index[t] : 0;
+      const float upstream = real ? in.dlogprobs[row] * inverse : 0.0f;
+      max[t] = real ? in.max[row] : 0.0f;
+      logsum[t] = real ? in.logsum[row] : 0.0f;
+      scale[t] = -upstream;
+      // The target's own gradient, dlogp (1 - p_y), kept out of the tile and added in fp32.
+      own[t] = real ? -std::expm1(in.logprobs[row]) * upstream : 0.0f;
+      slope[t] = 1.0f;
+    }
+  }
+
+  template <typename H>
+  static int64_t size(const H& head) {
+    return round_up(head.num_tokens, head.block_tokens());
+  }
+};
+
+template <typename T, typename In>
+class Backward {
+ public:
+  Backward(const Head<T, In>& head, const BackwardIn& in, const BackwardOut& out, int64_t workspace)
+      : head_(head), out_(out), workspace_(workspace), vectors_(head, in), order_(head.num_tokens) {
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(),
+                     [&](int64_t a, int64_t b) { return target(a) < target(b); });
+  }
+
+  // Both gradients in one sweep (8 TVD with the forward) where what must stay in memory fits the
+  // workspace; else dH by chunks of tokens and dW by chunks of the vocabulary (10 TVD).
+  void run() {
+    const bool hidden = out_.dhidden, weight = out_.dweight || out_.dbias;
+    const int64_t all = head_.num_tokens;
+    if (hidden && weight && bytes(all, true, true) <= workspace_) {
+      sweep(0, all, true, true);
+      return;
+    }
+    if (hidden) {
+      const int64_t block = head_.block_tokens();
+      const int64_t per_token = bytes(block, true, false) / block;
+      const int64_t chunk = std::max(block, workspace_ / per_token / block * block);
+      for (int64_t t = 0; t < all; t += chunk) sweep(t, std::min(chunk, all - t), true, false);
+    }
+    if (!weight) return;
+    if (bytes(all, false, true) > workspace_) {
+      // Tokens will be packed again for every panel: wide panels pay for that.
+      const int64_t rows = workspace_ / 4 / (dim() * 4) / kTileRows * kTileRows;
+      panel_ = std::clamp(rows, kPanel, kWidePanel);
+    }
+    sweep(0, all, false, true);
+  }
+
+ private:
+  static constexpr int64_t kPanel = 4 * kTileRows;  // vocabulary columns between two barriers
+  static constexpr int64_t kWidePanel = 16 * kTileRows;
+  static constexpr int64_t kOwnedRows = 128;        // rows of dW that one task finishes
+  static constexpr int64_t kTokensPerProduct = 1024;
+
+  int64_t target(int64_t token) const { return head_.target[head_.index[token]]; }
+  int64_t dim() const { return head_.padded_dim(); }
+  int64_t padded_panel(int64_t rows) const { return round_up(rows, kStepK<T>); }
+
+  // What `count` tokens keep in memory during a sweep.
+  int64_t bytes(int64_t count, bool hidden, bool weight) const {
+    const int64_t size = sizeof(T);
+    const int64_t per_token = dim() * size + (hidden ? dim() * 4 : 0) +
+                              (weight ? (dim() + panel_) * size : 0);
+    return round_up(count, head_.block_tokens()) * per_token;
+  }
+
+  // One panel of vocabulary columns after the other; within it, phase 1: token blocks are tasks
+  // (dZ, and dH += dZ W), phase 2: rows of dW are tasks (dW += dZ^T H). Each output element has one
+  // owner and one order of addition, whatever the number of threads.
+  void sweep(int64_t first, int64_t count, bool hidden, bool weight) {
+    const int64_t block = head_.block_tokens();
+    int64_t chunk = count;
+    if (weight && bytes(count, hidden, true) > workspace_) {
+      chunk = std::max(block, workspace_ / (bytes(block, false, true) / block) / block * block);
+    }
+    const int64_t padded_chunk = round_up(std::min(chunk, count), block);
+    Panel panel(*this, padded_chunk, hidden, weight);
+    Buffer<float> dhidden(hidden ? padded_chunk * dim() : 0);
+    if (hidden) std::fill_n(dhidden.get(), padded_chunk * dim(), 0.0f);
+    Tokens tokens;
+    for (int64_t v = 0; v < head_.vocab; v += panel_) {
+      panel.start(*this, v, hidden);
+      for (int64_t t = 0; t < count; t += chunk) {
+        if (tokens.first != first + t) tokens = load(first + t, std::min(chunk, count - t), weight);
+        form(panel, tokens, hidden ? dhidden.get() : nullptr);
+        if (out_.dweight && weight) accumulate(panel, tokens, t == 0);
+      }
+      if (weight) finish(panel, first, count);
+    }
+    if (hidden) write_hidden(tokens, dhidden.get());
+  }
+
+  struct Tokens {
+    int64_t first = -1;
+    PackedTokens<T> packed;  // H^T, for the logits
+    Buffer<T> rows;          // H, for dW
+  };
+
+  // One panel of the vocabulary and the scratch that goes with it.
+  struct Panel {
+    int64_t first = 0, rows = 0;
+    WeightTile<T> weight{nullptr, 0};
+    Buffer<T> copy, transposed, dz;  // dz: [panel, tokens], row-major
+    Buffer<float> dweight;           // [panel, dim]
+    Buffer<float> row_sums;          // [blocks, panel]
+    int64_t dz_stride;
+    std::vector<Buffer<float>> z;
+    std::vector<Buffer<T>> packed;
+
+    Panel(const Backward& self, int64_t tokens, bool hidden, bool weight_wanted)
+        : copy(self.head_.weight_in_place() ? 0 : self.panel_ * self.dim()),
+          transposed(hidden ? self.dim() * self.panel_ : 0),
+          dz(weight_wanted ? self.panel_ * tokens : 0),
+          dweight(weight_wanted ? self.panel_ * self.dim() : 0),
+          row_sums(self.out_.dbias ? self.panel_ : 0),
+          dz_stride(tokens),
+          z(per_thread<float>(kTileRows * self.head_.block_tokens() * 2)),
+          packed(per_thread<T>(hidden ? self.panel_ * self.head_.block_tokens() : 0)) {}
+
+    void start(const Backward& self, int64_t v, bool hidden) {
+      first = v;
+      rows = std::min(self.panel_, self.head_.vocab - v);
+      weight = weight_tile(self.head_, v, rows, copy.get());
+      if (hidden) {
+        transpose_weight(weight, rows, self.head_.dim, transposed.get(), self.padded_panel(rows));
+      }
+      if (self.out_.dbias) std::fill_n(row_sums.get(), self.panel_, 0.0f);
+    }
+  };
+
+  Tokens load(int64_t first, int64_t count, bool weight) const {
+    Tokens tokens{first, pack_tokens(head_, first, count), Buffer<T>(0)};
+    if (!weight) return tokens;
+    // In stretches of one task each; k is even within a stretch, so pairs of rows stay together.
+    const int64_t padded = tokens.packed.padded();
+    tokens.rows = Buffer<T>(padded * dim());
+    constexpr int64_t stretch = 128;
+    at::parallel_for(0, (padded + stretch - 1) / stretch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin * stretch; s < end * stretch && s < padded; s += stretch) {
+        const int64_t rows = std::clamp<int64_t>(count - s, 0, stretch);
+        pack_rows(head_.hidden, first + s, rows, head_.dim, tokens.rows.get() + s * dim(),
+                  std::min(stretch, padded - s), dim());
+      }
+    });
+    return tokens;
+  }
+
+  // Phase 1: dZ of the panel for every block of tokens; with `dhidden`, dH^T += W^T dZ^T.
+  void form(Panel& panel, const Tokens& tokens, float* dhidden) {
+    const PackedTokens<T>& packed = tokens.packed;
+    const int64_t block = packed.block, padded = padded_panel(panel.rows);
+    const bool capped = head_.transform.softcap != 0.0f, rows_wanted = out_.dweight && panel.dz.get();
+    Buffer<float> sums(out_.dbias ? packed.num_blocks() * panel_ : 0);
+    for_each_task(packed.num_blocks(), kPairs<T>, [&](int64_t b) {
+      const int thread = at::get_thread_num();
+      float* z = panel.z[thread].get();
+      float* slope = capped ? z + kTileRows * block : nullptr;
+      T* right = dhidden ? panel.packed[thread].get() : nullptr;
+      const int64_t token = packed.first + b * block;
+      if (out_.dbias) std::fill_n(sums.get() + b * panel_, panel_, 0.0f);
+      if (right) std::fill(right + panel.rows / 2 * 2 * block, right + padded * block, T(0.0f));
+      for (int64_t r = 0; r < panel.rows; r += kTileRows) {
+        const int64_t rows = std::min(kTileRows, panel.rows - r);
+        const WeightTile<T> weight{panel.weight.data + r * panel.weight.ld, panel.weight.ld};
+        logits_tile(head_, packed, b, weight, panel.first + r, rows, z, slope,
+                    {nullptr, vectors_.slope.get()});
+        Output out;
+        if (rows_wanted) out = {panel.dz.get() + r * panel.dz_stride + b * block, panel.dz_stride};
+        if (right) out.packed = right + r * block;
+        logit_gradients({z, rows, block, block}, slope, &vectors_.max[token],
+                        &vectors_.logsum[token], &vectors_.scale[token], out, store_as<T>(),
+                        out_.dbias ? sums.get() + b * panel_ + r : nullptr);
+      }
+      if (right) {
+        gemm(head_.dim, block, padded, panel.transposed.get(), padded, right, block,
+             dhidden + b * block * dim(), block, true);
+      }
+    });
+    for (int64_t b = 0; out_.dbias && b < packed.num_blocks(); ++b) {
+      for (int64_t v = 0; v < panel.rows; ++v) panel.row_sums[v] += sums[b * panel_ + v];
+    }
+  }
+
+  // Phase 2: rows of dW, each owned by one task.
+  void accumulate(Panel& panel, const Tokens& tokens, bool first_chunk) {
+    const int64_t padded = tokens.packed.padded();
+    for_each_task((panel.rows + kOwnedRows - 1) / kOwnedRows, kPairs<T>, [&](int64_t i) {
+      const int64_t v = i * kOwnedRows, rows = std::min(kOwnedRows, panel.rows - v);
+      for (int64_t t = 0; t < padded; t += kTokensPerProduct) {
+        gemm(rows, dim(), std::min(kTokensPerProduct, padded - t),
+             panel.dz.get() + v * panel.dz_stride + t, panel.dz_stride,
+             tokens.rows.get() + t * dim(), dim(), panel.dweight.get() + v * dim(), dim(),
+             !(first_chunk && t == 0));
+      }
+    });
+  }
+
+  // Adds the targets' own entries to the panel's rows and rounds them once.
+  void finish(Panel& panel, int64_t first, int64_t count) {
+    const auto by_target = [&](int64_t a, int64_t v) { return target(a) < v; };
+    at::parallel_for(0, panel.rows, 16, [&](int64_t begin, int64_t end) {
+      auto it = std::lower_bound(order_.begin(), order_.end(), panel.first + begin, by_target);
+      for (int64_t v = begin; v < end; ++v) {
+        float* row = panel.dweight.get() + v * dim();
+        for (; it != order_.end() && target(*it) == panel.first + v; ++it) {
+          if (*it < first || *it >= first + count) continue;
+          const float own = vectors_.own[*it] * vectors_.slope[*it];
+          if (out_.dbias) panel.row_sums[v] += own;
+          const In* h = head_.hidden.row(*it);
+          for (int64_t d = 0; out_.dweight && d < head_.dim; ++d) {
+            row[d] += own * static_cast<float>(h[d * head_.hidden.column_stride]);
+          }
+        }
+        if (out_.dbias) out_.dbias[panel.first + v] = panel.row_sums[v];
+        if (!out_.dweight) continue;
+        In* out = static_cast<In*>(out_.dweight) + (panel.first + v) * head_.dim;
+        for (int64_t d = 0; d < head_.dim; ++d) out[d] = static_cast<In>(row[d]);
+      }
+    });
+  }
+
+  void write_hidden(const Tokens& tokens, const float* dhidden) {
+    const int64_t block = tokens.packed.block;
+    at::parallel_for(0, tokens.packed.num_blocks(), 1, [&](int64_t begin, int64_t end) {
+      Buffer<float> rows(block * head_.dim);
+      for (int64_t b = begin; b < end; ++b) {
+        transpose(dhidden + b * block * dim(), head_.dim, block, block, rows.get(), head_.dim);
+        const int64_t count = std::min(block, tokens.packed.count - b * block);
+        for (int64_t t = 0; t < count; ++t) write_hidden_row(tokens.first + b * block + t, &rows[t * head_.dim]);
+      }
+    });
+  }
+
+  void write_hidden_row(int64_t token, const float* sum) {
+    const float own = vectors_.own[token] * vectors_.slope[token];
+    const In* w = head_.weight.row(target(token));
+    In* out = static_cast<In*>(out_.dhidden) + head_.index[token] * out_.dhidden_stride;
+    for (int64_t d = 0; d < head_.dim; ++d) {
+      const float weight = static_cast<float>(w[d * head_.weight.column_stride]);
+      out[d] = static_cast<In>(sum[d] + own * weight);
+    }
+  }
+
+  const Head<T, In>& head_;
+  const BackwardOut& out_;
+  const int64_t workspace_;
+  TokenVectors vectors_;
+  std::vector<int64_t> order_;  // tokens by target
+  int64_t panel_ = kPanel;
+};
+
+}  // namespace bvpo
