@@ -23,11 +23,11 @@ def require(valid: Tensor, expected: str, got: Callable[[], object]) -> None:
         raise ValueError(f"{expected}, got {got()}")
 
 
-def number(name: str, value: float, valid: bool, expected: str) -> None:
+def number(name: str, value: float, valid: Callable[[float], bool], expected: str) -> None:
     """An int or a float, and `valid`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not valid:
+    if not valid(value):
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
 

@@ -37,7 +37,7 @@ def _weight(name: str, value: float | Tensor, most: float, device: torch.device)
     """A weight in [0, most], as a float or as a detached fp64 scalar."""
     expected = f"a finite number in [0, {most}]"
     if not isinstance(value, Tensor):
-        checks.number(name, value, 0 <= value <= most and value < math.inf, expected)
+        checks.number(name, value, lambda w: 0 <= w <= most and w < math.inf, expected)
         return float(value)
     if value.ndim != 0 or not value.is_floating_point():
         got = f"{value.dtype} of {list(value.shape)}"

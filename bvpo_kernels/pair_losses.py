@@ -18,7 +18,7 @@ from bvpo_kernels import checks
 
 
 def _check_beta(beta: float) -> None:
-    checks.number("beta", beta, 0 < beta < math.inf, "a finite number > 0")
+    checks.number("beta", beta, lambda b: 0 < b < math.inf, "a finite number > 0")
 
 
 def _check_lengths(scores_P: Tensor, name: str, length_P: Tensor) -> None:
@@ -67,7 +67,7 @@ def dpo_loss(
     noisy preferences and relationship to IPO", 2023.
     """
     _check_beta(beta)
-    checks.number("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5,
+    checks.number("label_smoothing", label_smoothing, lambda e: 0 <= e < 0.5,
                   "a number in [0, 0.5)")  # fmt: skip
     ratio_chosen, ratio_rejected = _log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     logits = beta * (ratio_chosen - ratio_rejected)
@@ -168,7 +168,7 @@ def simpo_loss(
     Source: Meng et al., arXiv 2405.14734, equation 6.
     """
     _check_beta(beta)
-    checks.number("gamma", gamma, 0 <= gamma < math.inf, "a finite number >= 0")
+    checks.number("gamma", gamma, lambda g: 0 <= g < math.inf, "a finite number >= 0")
     checks.vector_like(chosen, "chosen", chosen, checks.SCORE_DTYPES)
     checks.vector_like(chosen, "rejected", rejected, checks.SCORE_DTYPES)
     _check_lengths(chosen, "chosen_lengths", chosen_lengths)
@@ -212,7 +212,7 @@ def kto_loss(
         ("desirable_weight", desirable_weight),
         ("undesirable_weight", undesirable_weight),
     ):
-        checks.number(name, weight, 0 <= weight < math.inf, "a finite number >= 0")
+        checks.number(name, weight, lambda w: 0 <= w < math.inf, "a finite number >= 0")
     ratio_chosen, ratio_rejected = _log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     if not isinstance(kl, Tensor) or not kl.is_floating_point() or kl.ndim != 0:
         got = f"{kl.dtype} of {list(kl.shape)}" if isinstance(kl, Tensor) else type(kl).__name__
