@@ -1,0 +1,144 @@
+"""The fused head on packed rows against each segment alone through the model's own logits."""
+
+import pytest
+import torch
+from tiny_runs import VOCAB, make_units, naive_score, tiny_model
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    PhiConfig,
+    Qwen3Config,
+)
+
+from bvpo_kernels.packing import pack, segment_sum
+from bvpo_kernels.types import KINDS, TokenPair, Unit
+from train.head import FusedHeadLM, logit_transform
+
+
+def naive_scores(model, units):
+    pairs = [pair for unit in units for kind in KINDS for pair in unit.pairs[kind]]
+    return torch.stack(
+        [naive_score(model, p.prompt, ids) for p in pairs for ids in (p.chosen, p.rejected)]
+    )
+
+
+def fused_scores(policy, units):
+    batch = pack(units)
+    return segment_sum(policy(batch), batch.cu_seqlens)
+
+
+MODELS = {
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-untied": (LlamaConfig, {"tie_word_embeddings": False}),
+    "qwen3-tied": (Qwen3Config, {"tie_word_embeddings": True}),
+    "qwen3-untied": (Qwen3Config, {"tie_word_embeddings": False}),
+    "gemma2-softcap": (
+        Gemma2Config,
+        {"final_logit_softcapping": 3.0, "sliding_window": 64, "attention": "eager"},
+    ),
+    "granite-divided": (GraniteConfig, {"logits_scaling": 4.0}),
+    "cohere-multiplied": (CohereConfig, {"logit_scale": 0.25}),
+    "phi-bias": (PhiConfig, {}),
+    "llama-eager": (LlamaConfig, {"attention": "eager"}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_scores_equal_segments_alone(name):
+    config_class, options = MODELS[name]
+    model = tiny_model(config_class, **options)
+    if name == "phi-bias":
+        torch.nn.init.normal_(model.lm_head.bias)
+    policy, units = FusedHeadLM(model), make_units(3)
+    policy.self_check()
+    torch.testing.assert_close(
+        fused_scores(policy, units), naive_scores(model, units), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "gemma2-softcap"])
+def test_gradients_equal_segments_alone(name):
+    config_class, options = MODELS[name]
+    model = tiny_model(config_class, **options)
+    units = make_units(3)
+    weights = torch.randn(4 * len(units))
+    (fused_scores(FusedHeadLM(model), units) @ weights).backward()
+    fused = {name: param.grad.clone() for name, param in model.named_parameters()}
+    model.zero_grad()
+    (naive_scores(model, units) @ weights).backward()
+    for key, param in model.named_parameters():
+        scale = param.grad.abs().max().item()
+        torch.testing.assert_close(fused[key], param.grad, rtol=1e-4, atol=1e-5 * scale, msg=key)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_segment_sees_another(attention):
+    """Changing every token of one segment leaves the bits of all other scores as they were."""
+    policy, units = FusedHeadLM(tiny_model(attention=attention)), make_units(3)
+    (changed,) = units[1].pairs["trace"]
+    other = TokenPair(
+        tuple((t + 5) % VOCAB for t in changed.prompt),
+        tuple((t + 5) % VOCAB for t in changed.chosen),
+        tuple((t + 5) % VOCAB for t in changed.rejected),
+    )
+    replaced = Unit(units[1].unit_id, {**units[1].pairs, "trace": (other,)})
+    with torch.no_grad():
+        before_S = fused_scores(policy, units)
+        after_S = fused_scores(policy, [units[0], replaced, units[2]])
+    same_S = before_S == after_S
+    assert same_S.tolist() == [True] * 4 + [False] * 2 + [True] * 6
+
+
+def test_fp64_scores():
+    """transformers' RMSNorm and rotary tables are fp32, hence the tolerance."""
+    model, units = tiny_model(dtype=torch.float64), make_units(2)
+    scores_S = fused_scores(FusedHeadLM(model), units)
+    assert scores_S.dtype == torch.float64
+    torch.testing.assert_close(scores_S, naive_scores(model, units), rtol=1e-6, atol=1e-6)
+
+
+def test_autocast_reaches_decoder_and_head():
+    """bf16 compute on fp32 parameters: near the fp32 scores, not equal, gradients in fp32."""
+    model, units = tiny_model(initializer_range=0.05), make_units(2)
+    exact_S = fused_scores(FusedHeadLM(model), units)
+    policy = FusedHeadLM(model, compute_dtype=torch.bfloat16)
+    dtypes = {}
+    model.model.layers[0].mlp.register_forward_hook(lambda m, i, out: dtypes.update(mlp=out.dtype))
+    scores_S = fused_scores(policy, units)
+    assert dtypes == {"mlp": torch.bfloat16}
+    assert scores_S.dtype == torch.float32
+    assert not torch.equal(scores_S, exact_S)
+    torch.testing.assert_close(scores_S, exact_S, rtol=1e-2, atol=0.05)
+    scores_S.sum().backward()
+    assert {param.grad.dtype for param in model.parameters()} == {torch.float32}
+
+
+def test_dropout_is_disabled():
+    model = tiny_model(GPT2Config, n_embd=32, n_head=4, n_layer=2, n_positions=64)
+    policy, units = FusedHeadLM(model).train(), make_units(2)
+    assert torch.equal(fused_scores(policy, units), fused_scores(policy, units))
+
+
+def test_self_check_refuses_an_unknown_head_scale():
+    model = tiny_model()
+    policy = FusedHeadLM(model)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 1.5 * logits)
+    with pytest.raises(ValueError, match="LlamaForCausalLM scores a packed row differently"):
+        policy.self_check()
+
+
+def test_self_check_refuses_a_state_space_model():
+    """Its state runs on from one segment into the next."""
+    model = tiny_model(MambaConfig, attention="eager", state_size=4, expand=2)
+    with pytest.raises(ValueError, match="MambaForCausalLM"):
+        FusedHeadLM(model).self_check()
+
+
+def test_scale_with_softcap_is_refused():
+    config = Gemma2Config(final_logit_softcapping=30.0, logit_scale=0.5)
+    with pytest.raises(ValueError, match=r"got both \(0\.5, 30\.0\) in Gemma2Config"):
+        logit_transform(config)

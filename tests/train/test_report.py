@@ -1,0 +1,79 @@
+"""The figure, the table, the log reader, and the memory measurement."""
+
+import json
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from tiny_runs import make_cfg, make_trainer, make_units, tiny_model
+
+from bvpo_kernels.packing import pack
+from train import head_memory, report
+from train.head import FusedHeadLM
+
+
+def test_a_run_leaves_a_figure_and_prints_the_table(tmp_path, capsys):
+    make_trainer(make_cfg(tmp_path), make_units(6), make_units(3, seed=3)).run()
+    pixels = matplotlib.image.imread(tmp_path / "report.png")
+    assert min(pixels.shape[:2]) > 500
+    ink = (pixels[..., :3] < 0.98).any(-1)
+    panels = [part for row in np.array_split(ink, 2) for part in np.array_split(row, 3, axis=1)]
+    assert all(panel.mean() > 0.01 for panel in panels)
+    out = capsys.readouterr().out
+    assert "held-out pairs of 3 units" in out
+    assert re.search(r"trace +loss +0\.6931 +0\.\d{4} +[+-]0\.\d{4}", out)
+
+
+def test_figure_without_held_out_units(tmp_path):
+    make_trainer(make_cfg(tmp_path), make_units(6)).run()
+    assert (tmp_path / "report.png").stat().st_size > 20_000
+
+
+def test_table_is_aligned_and_signed():
+    before = {"trace/loss": 0.6931, "trace/rewards/accuracies": 0.0, "trace/rewards/margins": 0.0}
+    after = {"trace/loss": 0.65, "trace/rewards/accuracies": 0.75, "trace/rewards/margins": -12.5}
+    lines = report.before_after_table(before, after, 4).splitlines()
+    assert lines[0] == "held-out pairs of 4 units"
+    assert len({len(line) for line in lines[1:]}) == 1
+    assert lines[-1].split() == ["trace", "margin", "0.0000", "-12.5000", "-12.5000"]
+    assert len(lines) == 1 + 2 + 3  # no rows for a kind without pairs
+
+
+def test_log_refuses_nan_and_names_a_bad_line(tmp_path):
+    with report.RunLog(tmp_path) as log:
+        log.write("train", 1, {"loss": 0.5})
+        with pytest.raises(ValueError, match="JSON compliant"):
+            log.write("train", 2, {"loss": float("nan")})
+    path = tmp_path / "log.jsonl"
+    assert [line["loss"] for line in report.read_log(path)["train"]] == [0.5]
+    path.write_text(path.read_text() + json.dumps({"event": "train"}) + "\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl:2: expected a line of a run's log"):
+        report.read_log(path)
+
+
+def test_naive_and_fused_head_compute_the_same():
+    """What the memory of the two is measured on must be the same computation."""
+    hidden, weight = torch.randn(20, 16), torch.randn(50, 16)
+    target = torch.randint(50, (20,))
+    gradients = []
+    for head in head_memory.HEADS:
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        head_memory._step(head, *inputs, target)
+        gradients.append([tensor.grad for tensor in inputs])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_head_memory_is_measured_apart():
+    """512 rows x 20 000 columns: bf16 logits alone take 20 MiB, the fp32 copy 39 MiB."""
+    model = tiny_model(vocab_size=20_000)
+    policy = FusedHeadLM(model, compute_dtype=torch.bfloat16, workspace_bytes=2**22)
+    batch = pack(make_units(30))
+    line = head_memory.compare(policy, batch)
+    naive, fused = map(int, re.search(r"naive (\d+) MiB, fused (\d+) MiB", line).groups())
+    rows = int((batch.target_T >= 0).sum())
+    assert f"of {rows} rows (D=32, V=20000, bfloat16)" in line
+    assert naive >= rows * 20_000 * 4 / 2**20
+    assert fused < naive

@@ -1,0 +1,61 @@
+"""Where the mixing weight of L_c = a L_t + (1 - a) L_e comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from train.config import AlphaConfig
+
+
+class AlphaSource(Protocol):
+    """A weight that is known before a step begins (lagged, so independent of the step's units).
+
+    The loop calls `value` once per step, `update` after the step's backward, `log` when it writes
+    the step's line; the state dict holds numbers, lists and dicts of them only.
+    """
+
+    def value(self) -> float:
+        """The weight a in [0, 1] of the coming step."""
+
+    def update(self, stats: Mapping[str, Any]) -> None:
+        """Take in the statistics of the step that just ran."""
+
+    def log(self) -> dict[str, float]:
+        """Scalars for the step's log line; `alpha` itself is logged by the loop."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on from here."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class FixedAlpha:
+    """a constant in [0, 1]; the paper trains with 0.5. It has no state and needs no statistics."""
+
+    def __init__(self, weight: float) -> None:
+        if not 0.0 <= weight <= 1.0:
+            raise ValueError(f"alpha.fixed: expected a number in [0, 1], got {weight}")
+        self.weight = weight
+
+    def value(self) -> float:
+        return self.weight
+
+    def update(self, stats: Mapping[str, Any]) -> None:
+        """Nothing: the weight does not depend on the gradients."""
+
+    def log(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            raise ValueError(f"state: expected none for a fixed alpha, got keys {sorted(state)}")
+
+
+def build_alpha(cfg: AlphaConfig) -> AlphaSource:
+    """The source that the configuration asks for."""
+    return FixedAlpha(cfg.fixed)

@@ -1,0 +1,57 @@
+"""Files that appear whole or not at all, and the final model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def _temporary(path: Path) -> Path:
+    """A name in the same folder, hence on the same file system, where a rename is atomic."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then rename it to `path`."""
+    temporary = _temporary(path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder, then rename it to `path`; an older one is removed."""
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        if path.exists():
+            # A folder cannot be renamed over a filled one: the old one steps aside first.
+            outgoing = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, outgoing)
+            os.replace(temporary, path)
+            shutil.rmtree(outgoing)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
+    """Write weights, configuration and tokenizer to the folder `path`, for `from_pretrained`."""
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    replace_folder(path, write)

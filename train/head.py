@@ -1,0 +1,185 @@
+"""A causal LM whose head returns log-probabilities of the pack's targets, never logits."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bvpo_kernels.logprobs import linear_logprobs
+from bvpo_kernels.packing import pack
+from bvpo_kernels.types import IGNORE_INDEX, TRACE, PackedBatch, TokenPair, Unit
+from train.config import RunConfig
+from train.models import load_model
+
+# Names under which configurations of transformers scale the logits, and how.
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
+_DIVISORS = ("logits_scaling",)  # Granite
+_SOFTCAP = "final_logit_softcapping"  # Gemma 2 and later
+
+
+class LogitTransform(NamedTuple):
+    """z = softcap tanh((h W^T + b) / softcap) / temperature; see `linear_logprobs`."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """What a model's own forward does to its logits, read from its configuration.
+
+    Raises:
+        ValueError: for a scale together with a softcap: their order differs between models.
+    """
+    text = config.get_text_config()
+    scale = 1.0
+    for name in _MULTIPLIERS:
+        scale *= getattr(text, name, None) or 1.0
+    for name in _DIVISORS:
+        scale /= getattr(text, name, None) or 1.0
+    softcap = getattr(text, _SOFTCAP, None)
+    if softcap is not None and scale != 1.0:
+        raise ValueError(
+            f"model: expected a logit scale or a softcap, got both ({scale}, {softcap}) in "
+            f"{type(text).__name__}"
+        )
+    return LogitTransform(1.0 / scale, softcap)
+
+
+class FusedHeadLM(nn.Module):
+    """logp_t = log softmax(head(decoder(tokens)_t))[target_t] for every row of a pack.
+
+    Args:
+        model: a causal LM of transformers. Its decoder must read packed rows, that is, keep the
+            segments apart by `position_ids`; `self_check` finds out.
+        compute_dtype: autocast dtype of the forward; None, or the dtype of the parameters, is none.
+        backend: `impl` of `linear_logprobs`.
+        workspace_bytes: bound on the head's temporary memory.
+
+    The output embedding's weight is read inside `forward`, hence under the hooks of a wrapper that
+    shards it. Dropout is disabled: policy and reference must differ in their weights only.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.compute_dtype = model.dtype if compute_dtype is None else compute_dtype
+        self.backend = backend
+        self.workspace_bytes = workspace_bytes
+        self.transform = logit_transform(model.config)
+        head = model.get_output_embeddings()
+        if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+            name = type(model).__name__
+            raise ValueError(f"model: expected a linear LM head, got none in {name}")
+        _disable_dropout(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Log-probabilities [T] in nats, fp32 (fp64 for fp64 models); 0 where nothing is scored."""
+        with self._autocast():
+            return self._logprobs(batch)
+
+    def _autocast(self) -> torch.autocast:
+        mixed = self.compute_dtype != self.model.dtype
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=mixed)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """What the LM head reads, [T, D]."""
+        # attention_mask=None and use_cache=False: only then does transformers derive the
+        # block-diagonal mask from position_ids; otherwise segments see each other, silently.
+        hidden_1TD = self.model.get_decoder()(
+            input_ids=batch.tokens_T[None],
+            position_ids=batch.position_ids_T[None],
+            attention_mask=None,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_1TD[0].to(self.model.get_output_embeddings().weight.dtype)
+
+    def _logprobs(self, batch: PackedBatch) -> Tensor:
+        head = self.model.get_output_embeddings()
+        return linear_logprobs(
+            self.hidden(batch), head.weight, batch.target_T, bias=getattr(head, "bias", None),
+            temperature=self.transform.temperature, softcap=self.transform.softcap,
+            workspace_bytes=self.workspace_bytes, impl=self.backend,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def self_check(self) -> None:
+        """Compare a small pack with the model's own logits, each segment alone.
+
+        One test for two silent failures: a head that this class does not know (extra projection,
+        unknown scaling), and a decoder that mixes segments (state-space layers, absolute positions,
+        an attention that ignores `position_ids`).
+
+        Raises:
+            ValueError: naming the model's class and the difference found.
+        """
+        batch = _probe_batch(self.model.config.get_text_config().vocab_size).to(self.device)
+        packed_T = self._logprobs(batch)  # without autocast: its rounding would hide a small leak
+        alone = []
+        for start, end in pairwise(batch.cu_seqlens.tolist()):
+            tokens_1T = batch.tokens_T[None, start:end]
+            logits_TV = self.model(input_ids=tokens_1T, use_cache=False).logits[0]
+            logp_TV = logits_TV.to(packed_T.dtype).log_softmax(-1)
+            target_T1 = batch.target_T[start:end, None]
+            alone.append(logp_TV.gather(1, target_T1.clamp_min(0))[:, 0])
+        wrong_T = (packed_T - torch.cat(alone)).masked_fill(batch.target_T == IGNORE_INDEX, 0).abs()
+        dtype = self.model.get_output_embeddings().weight.dtype
+        # bf16 rounds logits of 16 to 32 by up to 0.06 each way, and the hidden states before them;
+        # an unknown scale or a leak is off by nats.
+        tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.5
+        if not bool(wrong_T.max() <= tolerance):
+            raise ValueError(
+                f"model: {type(self.model).__name__} scores a packed row differently from its own "
+                f"logits (by {wrong_T.max().item():.3g} nats, expected <= {tolerance}): its head "
+                f"is not linear in a known way, or its attention does not keep segments apart"
+            )
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _probe_batch(vocab: int) -> PackedBatch:
+    """Fixed tokens spread over the vocabulary: two pairs, hence four segments."""
+    first, second, third, *rest = ((7919 * index + 11) % vocab for index in range(16))
+    pairs = [TokenPair([first], rest[:4], rest[4:5]), TokenPair([second, third], rest[5:12], rest)]
+    return pack([Unit("probe", {TRACE: pairs})])
+
+
+def build_policy(cfg: RunConfig) -> tuple[FusedHeadLM, Any]:
+    """The model of the configuration under its fused head, and its tokenizer.
+
+    Raises:
+        ValueError: for float16.
+    """
+    if cfg.model.compute_dtype == "float16":
+        raise ValueError(
+            "model.compute_dtype: expected float32 or bfloat16, got float16, whose small gradients "
+            "vanish without loss scaling"
+        )
+    model, tokenizer = load_model(cfg.model)
+    policy = FusedHeadLM(
+        model,
+        compute_dtype=getattr(torch, cfg.model.compute_dtype),
+        backend=cfg.train.head_backend,
+        workspace_bytes=cfg.train.workspace_mib * 2**20,
+    )
+    return policy, tokenizer

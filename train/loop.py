@@ -1,0 +1,216 @@
+"""The training loop: read `Trainer.run` and `Trainer.train_step` from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bvpo_kernels.losses import LOSSES
+from bvpo_kernels.types import Unit
+from train import head_memory, reference, report
+from train.alpha import build_alpha
+from train.checkpoint import replace_file, save_model
+from train.config import OptimConfig, RunConfig
+from train.data import MicroBatch, Step, StepPlan, load_units
+from train.evaluate import MetricSum, Objective, evaluate
+from train.head import FusedHeadLM, build_policy
+
+
+class NonFiniteError(FloatingPointError):
+    """A score, loss or gradient that is NaN or infinite; the weights are those of the last step."""
+
+
+class Stopwatch:
+    """Wall-clock seconds per stage of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def lr_factor(step: int, num_steps: int, cfg: OptimConfig) -> float:
+    """Linear warm-up from 1/w to 1 over the w first steps, then cosine to `min_lr_ratio`.
+
+    The last step, `num_steps` - 1, runs at `min_lr_ratio` unless it is still part of the warm-up.
+    """
+    warmup = math.ceil(cfg.warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    # Step w - 1 is at 1, so the decay begins there.
+    progress = min((step + 1 - warmup) / max(num_steps - warmup, 1), 1.0)
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained; vectors (norms, biases) do not decay."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas)
+
+
+class Trainer:
+    """One run: the policy, its reference scores, the plan of its steps and its optimizer.
+
+    Args:
+        cfg: the run; `train.pairs` and `model.name` have been read into the other arguments.
+        policy: what is trained, in place.
+        tokenizer: saved beside the final model; None saves none.
+        train_units, held_out: disjoint; `held_out` may be empty.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        policy: FusedHeadLM,
+        tokenizer: Any,
+        train_units: Sequence[Unit],
+        held_out: Sequence[Unit],
+    ) -> None:
+        self.cfg, self.policy, self.tokenizer, self.held_out = cfg, policy, tokenizer, held_out
+        self.run_dir = Path(cfg.run_dir)
+        self.plan = StepPlan(train_units, cfg.train, cfg.seed)
+        policy.self_check()
+        scores = None
+        if LOSSES[cfg.loss.name].reference:
+            scores = reference.load_or_build(policy, self.plan, held_out, cfg)
+        self.objective = Objective(policy, scores, cfg.loss)
+        self.alpha = build_alpha(cfg.alpha)
+        policy.train()  # transformers checkpoints activations in this mode only; no dropout is left
+        if cfg.train.activation_checkpointing:
+            # The newer name of the two; transformers 5.17 has the older one only.
+            name = "activation_checkpointing_enable"
+            enable = getattr(policy.model, name, policy.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        self.optimizer = build_optimizer(policy, cfg.optim)
+        num_steps = self.plan.num_steps
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(step, num_steps, cfg.optim)
+        )
+
+    def run(self) -> None:
+        """Train, evaluate, save the model and draw the report."""
+        eval_every, num_steps = self.cfg.train.eval_every, self.plan.num_steps
+        with report.RunLog(self.run_dir) as log:
+            before = after = self.evaluate(log, 0)
+            for step in tqdm(range(num_steps), desc="train", unit="step"):
+                line = self.train_step(step)
+                log.write("train", step + 1, line)
+                if step == 0:
+                    tqdm.write(f"first loss {line['loss']:.4f} (log 2 = {math.log(2):.4f})")
+                last = step + 1 == num_steps
+                if last or (eval_every and (step + 1) % eval_every == 0):
+                    after = self.evaluate(log, step + 1)
+        save_model(self.policy.model, self.tokenizer, self.run_dir / "model")
+        report.draw(self.run_dir / "log.jsonl", self.run_dir / "report.png")
+        if self.held_out:
+            print(report.before_after_table(before, after, len(self.held_out)))
+        if self.cfg.train.measure_head_memory:
+            print(head_memory.compare(self.policy, self.plan[0].micro_batches[0].batch))
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step; returns its log line.
+
+        Raises:
+            NonFiniteError: before the optimizer moves, naming the units.
+        """
+        watch, metrics, alpha = Stopwatch(), MetricSum(), self.alpha.value()
+        with watch("data"):
+            data = self.plan[step]
+        with watch("forward"):
+            kl = self.objective.kl(data.micro_batches)
+        for micro in data.micro_batches:
+            with watch("forward"):
+                scores_S = self.objective.scores(micro)
+                _require_finite(scores_S, micro, step)
+                result = self.objective.loss(scores_S, micro, alpha, data.pair_counts, kl)
+                if not bool(result.loss.isfinite()):
+                    raise NonFiniteError(
+                        f"step {step}: loss {result.loss.item()} from the units "
+                        f"{list(micro.batch.unit_ids)}"
+                    )
+            with watch("backward"):
+                result.loss.backward()
+            metrics.add(result)
+        with watch("optimizer"):
+            grad_norm = self._clip(data, step)
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        line = metrics.result()
+        self.alpha.update(line)
+        return line | self._step_values(data, watch, alpha, lr, grad_norm)
+
+    def _clip(self, data: Step, step: int) -> float:
+        """Scale the gradient to `max_grad_norm`; returns its norm before that."""
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.optim.max_grad_norm)
+        if not math.isfinite(norm.item()):
+            units = [unit.unit_id for unit in data.units]
+            raise NonFiniteError(f"step {step}: gradient norm {norm.item()} from the units {units}")
+        return norm.item()
+
+    def _step_values(
+        self, data: Step, watch: Stopwatch, alpha: float, lr: float, grad_norm: float
+    ) -> dict[str, float]:
+        total = sum(watch.seconds.values())
+        return {
+            "epoch": data.epoch,
+            "alpha": alpha,
+            **self.alpha.log(),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": data.num_tokens,
+            "tokens_per_second": data.num_tokens / total,
+            "fill": data.fill,
+            "micro_batches": len(data.micro_batches),
+            **{f"seconds/{stage}": seconds for stage, seconds in watch.seconds.items()},
+        }
+
+    def evaluate(self, log: report.RunLog, step: int) -> dict[str, float]:
+        """Metrics of the held-out units after `step` steps; none if nothing was held out."""
+        if not self.held_out:
+            return {}
+        metrics = evaluate(
+            self.objective, self.held_out, self.alpha.value(), self.plan.token_budget
+        )
+        log.write("eval", step, metrics)
+        return metrics
+
+
+def _require_finite(scores_S: Tensor, micro: MicroBatch, step: int) -> None:
+    """Name the units whose scores are NaN or infinite."""
+    batch = micro.batch
+    bad_S = ~scores_S.detach().isfinite().cpu()
+    if bool(bad_S.any()):
+        unit_S = batch.group_unit_G[batch.pair_group_P].repeat_interleave(2)
+        names = [batch.unit_ids[index] for index in unit_S[bad_S].unique().tolist()]
+        raise NonFiniteError(f"step {step}: non-finite score of the units {names}")
+
+
+def run(cfg: RunConfig) -> None:
+    """`train`: from the configuration to the final model and its report in `run_dir`."""
+    run_dir = Path(cfg.run_dir)
+    settings = yaml.safe_dump({**asdict(cfg)}, sort_keys=False)
+    replace_file(run_dir / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8"))
+    torch.manual_seed(cfg.seed)
+    train_units, held_out = load_units(cfg)
+    policy, tokenizer = build_policy(cfg)
+    Trainer(cfg, policy, tokenizer, train_units, held_out).run()

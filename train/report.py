@@ -1,0 +1,176 @@
+"""What a run leaves to look at: its log, a figure of it, and a table of before and after."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch.utils.tensorboard import SummaryWriter
+
+from bvpo_kernels.types import EMPTY, KINDS, TRACE
+from train.checkpoint import replace_file
+
+COLORS = {TRACE: "#1f5fa8", EMPTY: "#d9731a"}
+TABLE_METRICS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+
+
+class RunLog:
+    """`log.jsonl` (a line per step and per evaluation) and TensorBoard events, as they come.
+
+    A line has `event` ("train" or "eval"), `step` (optimizer steps done), `time` (seconds since the
+    run began) and metrics. A new run in the same folder replaces the old log.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def __enter__(self) -> RunLog:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.file: IO[str] = open(self.run_dir / "log.jsonl", "w", encoding="utf-8")
+        # purge_step=0 hides the events of an earlier run in this folder.
+        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=0)
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.board.close()
+
+    def write(self, event: str, step: int, metrics: Mapping[str, float]) -> None:
+        line = {"event": event, "step": step, "time": time.perf_counter() - self.start, **metrics}
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(f"{event}/{name}", value, step)
+
+
+def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Lines of a log by event.
+
+    Raises:
+        ValueError: naming the file and the line that is not a JSON object with `event` and `step`.
+    """
+    events: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            events[line["event"]].append({"step": line["step"], **line})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: expected a line of a run's log: {error}") from None
+    return events
+
+
+def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    present = [line for line in lines if name in line]
+    return [line["step"] for line in present], [line[name] for line in present]
+
+
+def _panel(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_ylabel(unit)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _per_kind(axes: Axes, events: dict[str, list[dict[str, Any]]], metric: str) -> None:
+    """Training as a thin line, held-out as a bold one with markers, one colour per kind."""
+    for kind in KINDS:
+        name, color = f"{kind}/{metric}", COLORS[kind]
+        steps, values = _series(events["train"], name)
+        axes.plot(steps, values, color=color, alpha=0.45, lw=1.2, label=f"{kind}, train")
+        steps, values = _series(events["eval"], name)
+        axes.plot(steps, values, color=color, lw=2, marker="o", ms=5, label=f"{kind}, held-out")
+
+
+def _draw_loss(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
+    _per_kind(axes, events, "loss")
+    axes.axhline(math.log(2), color="0.5", ls=":", lw=1, label="log 2")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_margin(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
+    _per_kind(axes, events, "rewards/margins")
+    axes.axhline(0, color="0.5", ls=":", lw=1)
+
+
+def _draw_accuracy(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
+    _per_kind(axes, events, "rewards/accuracies")
+    axes.set_ylim(-0.03, 1.03)
+
+
+def _draw_alpha(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
+    axes.plot(*_series(events["train"], "alpha"), color="#444444", lw=1.6)
+    axes.set_ylim(-0.03, 1.03)
+
+
+def _draw_optimizer(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
+    steps, norms = _series(events["train"], "grad_norm")
+    axes.plot(steps, norms, color="#7a3b8f", lw=1.6)
+    axes.yaxis.label.set_color("#7a3b8f")
+    axes.set_ylim(bottom=0)
+    rates = axes.twinx()
+    rates.plot(*_series(events["train"], "lr"), color="#2d7d46", lw=1.6, ls="--")
+    rates.set_ylabel("learning rate (dashed)", color="#2d7d46")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rates.set_ylim(bottom=0)
+    rates.spines["top"].set_visible(False)
+
+
+def _draw_speed(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
+    axes.plot(*_series(events["train"], "tokens_per_second"), color="#444444", lw=1.6)
+    axes.set_ylim(bottom=0)
+
+
+_PANELS: tuple[tuple[str, str, Callable[[Axes, dict[str, list[dict[str, Any]]]], None]], ...] = (
+    ("Loss", "nats per pair", _draw_loss),
+    ("Reward margin", r"$\beta\,(r_w - r_l)$, nats", _draw_margin),
+    ("Accuracy", "share of pairs with margin > 0", _draw_accuracy),
+    ("Mixing weight", r"$\alpha$ (weight of the trace loss)", _draw_alpha),
+    ("Gradient and learning rate", "gradient norm before clipping", _draw_optimizer),
+    ("Throughput", "tokens per second (no padding)", _draw_speed),
+)
+
+
+def draw(log_path: Path, image_path: Path) -> None:
+    """Draw a run's log as a PNG of six panels over the optimizer steps."""
+    events = read_log(log_path)
+    figure = Figure(figsize=(14, 7.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes_list = figure.subplots(2, 3).flatten()
+    for axes, (title, unit, fill) in zip(axes_list, _PANELS, strict=True):
+        _panel(axes, title, unit)
+        fill(axes, events)
+    replace_file(image_path, lambda path: figure.savefig(path, format="png"))
+
+
+def before_after_table(
+    before: Mapping[str, float], after: Mapping[str, float], num_units: int
+) -> str:
+    """Loss, accuracy and margin of the held-out pairs, per kind, before and after training."""
+    rows = [("kind", "metric", "before", "after", "change")]
+    for kind in KINDS:
+        for metric, title in TABLE_METRICS.items():
+            name = f"{kind}/{metric}"
+            if name in before:
+                old, new = before[name], after[name]
+                rows.append((kind, title, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([f"held-out pairs of {num_units} units", *lines])
