@@ -88,8 +88,11 @@ class Backward {
  private:
   static constexpr int64_t kPanel = 4 * kTileRows;  // vocabulary columns between two barriers
   static constexpr int64_t kWidePanel = 16 * kTileRows;
-  static constexpr int64_t kOwnedRows = 128;        // rows of dW that one task finishes
-  static constexpr int64_t kTokensPerProduct = 1024;
+  // One product of phase 2: 256 rows of dW x 512 columns over 512 tokens. Its fp32 block and the
+  // tokens' panel stay in a 2 MiB L2 (960 GFLOP/s on one AMX core; 620 with all 896 columns).
+  static constexpr int64_t kOwnedRows = 256;
+  static constexpr int64_t kOwnedColumns = 512;
+  static constexpr int64_t kTokensPerProduct = 512;
 
   int64_t target(int64_t token) const { return head_.target[head_.index[token]]; }
   int64_t dim() const { return head_.padded_dim(); }
@@ -220,16 +223,20 @@ class Backward {
     }
   }
 
-  // Phase 2: rows of dW, each owned by one task.
+  // Phase 2: blocks of dW, each owned by one task.
   void accumulate(Panel& panel, const Tokens& tokens, bool first_chunk) {
     const int64_t padded = tokens.packed.padded();
-    for_each_task((panel.rows + kOwnedRows - 1) / kOwnedRows, kPairs<T>, [&](int64_t i) {
-      const int64_t v = i * kOwnedRows, rows = std::min(kOwnedRows, panel.rows - v);
+    const int64_t parts = (dim() + kOwnedColumns - 1) / kOwnedColumns;
+    const int64_t columns = round_up((dim() + parts - 1) / parts, 32);
+    const int64_t tasks = (panel.rows + kOwnedRows - 1) / kOwnedRows * parts;
+    for_each_task(tasks, kPairs<T>, [&](int64_t i) {
+      const int64_t v = i / parts * kOwnedRows, rows = std::min(kOwnedRows, panel.rows - v);
+      const int64_t d = i % parts * columns, width = std::min(columns, dim() - d);
       for (int64_t t = 0; t < padded; t += kTokensPerProduct) {
-        gemm(rows, dim(), std::min(kTokensPerProduct, padded - t),
-             panel.dz.get() + v * panel.dz_stride + t, panel.dz_stride,
-             tokens.rows.get() + t * dim(), dim(), panel.dweight.get() + v * dim(), dim(),
-             !(first_chunk && t == 0));
+        const T* right = tokens.rows.get() + t * dim() + d * (kPairs<T> ? 2 : 1);
+        gemm(rows, width, std::min(kTokensPerProduct, padded - t),
+             panel.dz.get() + v * panel.dz_stride + t, panel.dz_stride, right, dim(),
+             panel.dweight.get() + v * dim() + d, dim(), !(first_chunk && t == 0));
       }
     });
   }

@@ -83,10 +83,7 @@ BVPO_INLINE v16 shift_weighted(v16 weighted, v16 sum, v16 step, v16 rescale) {
   return (weighted + moved) * rescale;
 }
 
-}  // namespace
-
-BVPO_CLONES
-void transform_rows(Tile tile, Transform transform, int64_t first_row, float* slope) {
+BVPO_INLINE void transform_rows_body(Tile tile, Transform transform, int64_t first_row, float* slope) {
   const float inverse_temperature = 1.0f / transform.temperature;
   const float inverse_cap = transform.softcap != 0.0f ? 1.0f / transform.softcap : 0.0f;
   for (int64_t v = 0; v < tile.rows; ++v) {
@@ -104,8 +101,7 @@ void transform_rows(Tile tile, Transform transform, int64_t first_row, float* sl
   }
 }
 
-BVPO_CLONES
-void online_sums(Tile tile, float* max_t, float* sum_t, float* weighted_t) {
+BVPO_INLINE void online_sums_body(Tile tile, float* max_t, float* sum_t, float* weighted_t) {
   for (int64_t t = 0; t < tile.tokens; t += kLanes) {
     const v16 old_max = load(max_t + t);
     const v16 new_max = column_max(tile, t, old_max);
@@ -139,8 +135,7 @@ void online_sums(Tile tile, float* max_t, float* sum_t, float* weighted_t) {
   }
 }
 
-BVPO_CLONES
-void online_probabilities(Tile tile, const float* slope, float* max_t, float* sum_t,
+BVPO_INLINE void online_probabilities_body(Tile tile, const float* slope, float* max_t, float* sum_t,
                           float* weighted_t, float* rescale_t, Output out, Store store_as) {
   for (int64_t t = 0; t < tile.tokens; t += kLanes) {
     const v16 old_max = load(max_t + t);
@@ -177,8 +172,7 @@ void online_probabilities(Tile tile, const float* slope, float* max_t, float* su
   }
 }
 
-BVPO_CLONES
-void logit_gradients(Tile tile, const float* slope, const float* max_t, const float* logsum_t,
+BVPO_INLINE void logit_gradients_body(Tile tile, const float* slope, const float* max_t, const float* logsum_t,
                      const float* scale_t, Output out, Store store_as, float* row_sums) {
   for (int64_t v = 0; v < tile.rows; v += 2) {
     const bool second = v + 1 < tile.rows;
@@ -208,8 +202,7 @@ void logit_gradients(Tile tile, const float* slope, const float* max_t, const fl
   }
 }
 
-BVPO_CLONES
-void scale_columns(float* acc, int64_t rows, int64_t tokens, int64_t stride, const float* factor) {
+BVPO_INLINE void scale_columns_body(float* acc, int64_t rows, int64_t tokens, int64_t stride, const float* factor) {
   for (int64_t t = 0; t < tokens; t += kLanes) {
     const v16 f = load(factor + t);
     if (!any(f != splat(1.0f))) continue;
@@ -219,5 +212,18 @@ void scale_columns(float* acc, int64_t rows, int64_t tokens, int64_t stride, con
     }
   }
 }
+
+}  // namespace
+
+BVPO_DISPATCH(transform_rows, (Tile tile, Transform transform, int64_t first_row, float* slope),
+              (tile, transform, first_row, slope))
+BVPO_DISPATCH(online_sums, (Tile tile, float* max_t, float* sum_t, float* weighted_t),
+              (tile, max_t, sum_t, weighted_t))
+BVPO_DISPATCH(online_probabilities, (Tile tile, const float* slope, float* max_t, float* sum_t, float* weighted_t, float* rescale_t, Output out, Store store_as),
+              (tile, slope, max_t, sum_t, weighted_t, rescale_t, out, store_as))
+BVPO_DISPATCH(logit_gradients, (Tile tile, const float* slope, const float* max_t, const float* logsum_t, const float* scale_t, Output out, Store store_as, float* row_sums),
+              (tile, slope, max_t, logsum_t, scale_t, out, store_as, row_sums))
+BVPO_DISPATCH(scale_columns, (float* acc, int64_t rows, int64_t tokens, int64_t stride, const float* factor),
+              (acc, rows, tokens, stride, factor))
 
 }  // namespace bvpo

@@ -15,12 +15,41 @@ constexpr int64_t kLanes = 16;
 
 #define BVPO_INLINE static inline __attribute__((always_inline))
 
-// Clones are picked by the loader for the machine at hand. Sanitizers instrument the resolver, which
-// runs before their runtime is up, so a sanitized build has the one baseline version.
-#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(BVPO_NO_CLONES)
-#define BVPO_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+// BVPO_DISPATCH(name, (parameters), (arguments)) defines `name` as a choice, made once per process,
+// between builds of the always-inlined `name_body` for the instruction sets below. Not
+// target_clones: gcc matches its arch= against one exact CPU model, and sanitizers break it.
+#if defined(__x86_64__)
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+inline Isa isa() {
+  static const Isa found = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      return Isa::kAvx512;
+    }
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return avx2 ? Isa::kAvx2 : Isa::kBaseline;
+  }();
+  return found;
+}
+
+#define BVPO_DISPATCH(name, parameters, arguments)                                        \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) static void      \
+      name##_avx512 parameters {                                                          \
+    name##_body arguments;                                                                \
+  }                                                                                       \
+  __attribute__((target("avx2,fma"))) static void name##_avx2 parameters {                \
+    name##_body arguments;                                                                \
+  }                                                                                       \
+  void name parameters {                                                                  \
+    if (isa() == Isa::kAvx512) return name##_avx512 arguments;                            \
+    if (isa() == Isa::kAvx2) return name##_avx2 arguments;                                \
+    name##_body arguments;                                                                \
+  }
 #else
-#define BVPO_CLONES
+#define BVPO_DISPATCH(name, parameters, arguments) \
+  void name parameters { name##_body arguments; }
 #endif
 
 BVPO_INLINE v16 splat(float x) { return v16{} + x; }
