@@ -141,15 +141,19 @@ _PANELS: tuple[tuple[str, str, Callable[[Axes, dict[str, list[dict[str, Any]]]],
 )
 
 
-def draw(log_path: Path, image_path: Path) -> None:
-    """Draw a run's log as a PNG of six panels over the optimizer steps."""
-    events = read_log(log_path)
+def figure_of(events: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Six panels over the optimizer steps."""
     figure = Figure(figsize=(14, 7.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes_list = figure.subplots(2, 3).flatten()
-    for axes, (title, unit, fill) in zip(axes_list, _PANELS, strict=True):
+    for axes, (title, unit, fill) in zip(figure.subplots(2, 3).flatten(), _PANELS, strict=True):
         _panel(axes, title, unit)
         fill(axes, events)
+    return figure
+
+
+def draw(log_path: Path, image_path: Path) -> None:
+    """Draw a run's log as a PNG."""
+    figure = figure_of(read_log(log_path))
     replace_file(image_path, lambda path: figure.savefig(path, format="png"))
 
 

@@ -26,6 +26,23 @@ def test_a_run_leaves_a_figure_and_prints_the_table(tmp_path, capsys):
     assert re.search(r"trace +loss +0\.6931 +0\.\d{4} +[+-]0\.\d{4}", out)
 
 
+def test_panels_hold_the_logged_values():
+    names = ("loss", "rewards/margins", "rewards/accuracies")
+    metrics = {f"{kind}/{name}": 0.1 for kind in ("trace", "empty") for name in names}
+    metrics |= {"alpha": 0.5, "grad_norm": 2.0, "lr": 1e-5, "tokens_per_second": 300.0}
+    train = [{"step": step, **{k: v * step for k, v in metrics.items()}} for step in (1, 2, 3)]
+    held_out = [{"step": step, **{k: v * step for k, v in metrics.items()}} for step in (0, 3)]
+    panels = report.figure_of({"train": train, "eval": held_out}).axes
+    per_kind = [(0.1, 3), (0.1, 2)] * 2
+    expected = [per_kind] * 3 + [[(0.5, 3)], [(2.0, 3)], [(300.0, 3)], [(1e-5, 3)]]
+    for axes, curves in zip(panels, expected, strict=True):
+        lines = [line for line in axes.lines if line.get_linestyle() != ":"]  # ":" marks a level
+        assert len(lines) == len(curves), axes.get_title(loc="left")
+        for line, (slope, points) in zip(lines, curves, strict=True):
+            assert len(line.get_xdata()) == points
+            np.testing.assert_allclose(line.get_ydata(), slope * np.asarray(line.get_xdata()))
+
+
 def test_figure_without_held_out_units(tmp_path):
     make_trainer(make_cfg(tmp_path), make_units(6)).run()
     assert (tmp_path / "report.png").stat().st_size > 20_000
