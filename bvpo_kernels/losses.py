@@ -147,9 +147,9 @@ def _kind_loss(
 
 
 def _batch_kl(inputs: Mapping[str, Tensor], mask_P: Tensor, pairs: Tensor) -> Tensor:
-    """max(0, mean log-ratio of the 2P responses)."""
+    """Mean log-ratio of the responses of the pairs in the mask; the loss clamps and detaches it."""
     ratio_P = inputs["chosen"] - inputs["ref_chosen"] + inputs["rejected"] - inputs["ref_rejected"]
-    return (_sum(ratio_P.detach(), mask_P) / (2 * pairs.clamp(min=1))).clamp(min=0)
+    return _sum(ratio_P, mask_P) / (2 * pairs.clamp(min=1))
 
 
 @torch.no_grad()

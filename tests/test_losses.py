@@ -104,13 +104,15 @@ def test_extreme_margins_are_finite(name, margin):
     }
     inputs["chosen"] = torch.tensor([margin / 2]).requires_grad_()
     inputs["rejected"] = torch.tensor([-margin / 2]).requires_grad_()
-    loss = LOSSES[name].function(**inputs, beta=2.0, **OPTIONS.get(name, {}))
-    loss.sum().backward()
-    assert loss.isfinite().all()
-    assert inputs["chosen"].grad.isfinite().all()
-    assert inputs["rejected"].grad.isfinite().all()
-    if name == "dpo" and margin < 0:  # the slope must not vanish where the pair is wrong
-        assert inputs["chosen"].grad.item() == pytest.approx(-2.0 * 0.8)
+    sides = inputs["chosen"], inputs["rejected"]
+    for options in ({}, OPTIONS.get(name, {})):
+        loss = LOSSES[name].function(**inputs, beta=2.0, **options)
+        grads = torch.autograd.grad(loss.sum(), sides)
+        assert loss.isfinite().all()
+        assert all(grad.isfinite().all() for grad in grads)
+        if name == "dpo" and margin < 0:  # the slope must not vanish where the pair is wrong
+            slope = -2.0 * (1 - options.get("label_smoothing", 0.0))
+            assert grads[0].item() == pytest.approx(slope)
 
 
 def test_log_ratios_keep_small_differences_of_large_scores():
@@ -357,6 +359,22 @@ def test_kinds_without_pairs_give_zero_and_a_graph(name, alpha):
             assert (result.kind_losses[kind].item() == 0) == (pairs == 0)
             assert result.kind_losses[kind].requires_grad
             assert any(key.startswith(f"{kind}/") for key in result.metrics) == (pairs > 0)
+
+
+def test_weights_that_are_all_zero_leave_a_graph():
+    """A step whose gradient is zero must still have one: ranks that skip a backward hang others."""
+    units = [make_unit("b")]
+    empties = [Unit("b", {EMPTY: units[0].pairs[EMPTY]})]
+    for batch, alpha in (
+        (pack(units), {TRACE: 0, EMPTY: 0.0}),
+        (pack(empties, kinds=(EMPTY,)), 1.0),
+        (pack(empties, kinds=(EMPTY,)), torch.tensor(1.0)),
+    ):
+        scores_S = torch.randn(batch.num_segments, requires_grad=True)
+        result = bvpo_loss(scores_S, torch.zeros_like(scores_S), batch, alpha)
+        result.loss.backward()
+        assert result.loss == 0
+        assert torch.equal(scores_S.grad, torch.zeros_like(scores_S))
 
 
 def test_kind_losses_have_gradients_of_their_own():
