@@ -1,0 +1,90 @@
+"""Figures from the long-form CSV: time relative to naive, and memory against T."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+from benchmarks import records
+
+
+def _colors(frame: pd.DataFrame) -> dict[str, str]:
+    return {row: f"C{index % 10}" for index, row in enumerate(frame["row"].unique())}
+
+
+def _time_bars(axes: Axes, frame: pd.DataFrame, colors: dict[str, str]) -> None:
+    """One cluster of horizontal bars per case."""
+    ratios = frame[frame["metric"] == "ratio"]
+    cases, rows = list(ratios["case"].unique()), list(ratios["row"].unique())
+    thickness = 0.8 / max(len(rows), 1)
+    for index, row in enumerate(rows):
+        of_row = ratios[ratios["row"] == row]
+        places = [cases.index(case) + index * thickness for case in of_row["case"]]
+        axes.barh(places, of_row["value"].astype(float), thickness, color=colors[row], label=row)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks([place + 0.4 - thickness / 2 for place in range(len(cases))], cases, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("time / naive")
+    if rows:
+        axes.legend(fontsize=7)
+
+
+def _memory_lines(axes: Axes, frame: pd.DataFrame, mode: str, colors: dict[str, str]) -> None:
+    """Peak memory against T, a line per row and set of other sizes."""
+    markers: dict[str, str] = {}
+    for (row, others), line in frame[frame["mode"] == mode].groupby(["row", "others"], sort=False):
+        line = line.sort_values("T").assign(value=line["value"].astype(float).clip(lower=1))
+        marker = markers.setdefault(others, "osv^Dx"[len(markers) % 6])
+        axes.plot(line["T"], line["value"], marker=marker, color=colors[row])
+    for others, marker in markers.items():
+        axes.plot([], [], marker=marker, color="grey", linestyle="", label=others)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.margins(0.1, 0.1)
+    axes.set_title(mode, fontsize=8)
+    axes.set_xlabel("T (tokens)")
+    axes.set_ylabel("MiB above inputs and gradients", fontsize=7)
+    axes.legend(fontsize=6)
+
+
+def _memory(frame: pd.DataFrame) -> pd.DataFrame:
+    """Peak-memory records of cases that have a T, with the sizes apart from T in words."""
+    memory = frame[frame["metric"] == "peak_memory"].copy()
+    shapes = [records.shape_of(name) for name in memory["shape"]]
+    memory["T"] = [shape.pop("T", None) for shape in shapes]
+    sizes = [" ".join(f"{key}={size}" for key, size in shape.items()) for shape in shapes]
+    memory["others"] = [
+        f"{size} {dtype}" for size, dtype in zip(sizes, memory["dtype"], strict=True)
+    ]
+    return memory.dropna(subset=["T"])
+
+
+def plot(frame: pd.DataFrame, path: Path) -> None:
+    """Write the figure of one group as PNG."""
+    memory = _memory(frame)
+    modes = list(memory["mode"].unique())
+    colors = _colors(frame)
+    cases = frame.loc[frame["metric"] == "ratio", "case"].nunique()
+    heights = [1 + 0.6 * cases, 4] if modes else [1 + 0.6 * cases]
+    figure = plt.figure(figsize=(10, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _time_bars(parts[0].subplots(), frame, colors)
+    if modes:
+        panels = parts[1].subplots(1, len(modes), squeeze=False)[0]
+        for axes, mode in zip(panels, modes, strict=True):
+            _memory_lines(axes, memory, mode, colors)
+    first = frame.iloc[0]
+    figure.suptitle(f"{first['group']}: {first['cpu']}, {first['threads']} threads", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(part, path)

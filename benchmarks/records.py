@@ -1,0 +1,220 @@
+"""Results as long-form records, one per measured number: written as CSV, shown as tables."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from tabulate import tabulate
+
+import bvpo_kernels
+from benchmarks.registry import Case
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+# What a record says, and then where and when it was measured.
+MEASURED = ("group", "case", "shape", "dtype", "mode", "device", "row", "metric", "value", "unit",
+            "note")  # fmt: skip
+WHERE = ("threads", "cpu", "cores", "isa", "ram_gib", "gpu", "torch", "python", "bvpo_kernels",
+         "commit", "date")  # fmt: skip
+COLUMNS = (*MEASURED, *WHERE)
+OK = "ok"
+MISSING = "missing: "
+FAILED = "failed: "
+REFUSED = "refused: "
+# Instruction sets beyond what torch's capability string tells, by their name in /proc/cpuinfo.
+_EXTRA_ISA = ("avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+Record = dict[str, Any]
+
+
+def record(
+    group: str, case: Case, row: str, metric: str, value: float | None, unit: str, note: str = ""
+) -> Record:
+    """One measured number (or, with no value, a fact in words)."""
+    return {
+        "group": group, "case": case.name, "shape": case.shape_name, "dtype": case.dtype,
+        "mode": case.mode, "device": case.device, "row": row, "metric": metric, "value": value,
+        "unit": unit, "note": note,
+    }  # fmt: skip
+
+
+def _cpu_fields() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; empty where there is none."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _commit() -> str:
+    """Short hash of the checkout, with a plus when tracked files differ from it."""
+    try:
+        out = [
+            subprocess.run(
+                ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return out[0] + ("+" if out[1] else "")
+
+
+def environment(threads: int) -> Record:
+    """Machine, versions, date and commit: the same for all records of a run."""
+    cpu = _cpu_fields()
+    flags = cpu.get("flags", cpu.get("Features", "")).split()
+    isa = [torch.backends.cpu.get_cpu_capability(), *(f for f in _EXTRA_ISA if f in flags)]
+    return {
+        "threads": threads,
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "isa": " ".join(isa),
+        "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "bvpo_kernels": bvpo_kernels.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def write_csv(path: Path, records: Iterable[Record], where: Mapping[str, Any]) -> None:
+    """All records with the columns of COLUMNS; the file appears at once or not at all."""
+    frame = pd.DataFrame([{**entry, **where} for entry in records], columns=list(COLUMNS))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    frame.to_csv(part, index=False)
+    os.replace(part, path)
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A file of `write_csv`; ValueError names what is wrong with another one."""
+    if not path.exists():
+        raise ValueError(
+            f"{path.name}: expected a result of `python -m benchmarks.run`, found none"
+        )
+    frame = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
+    if list(frame.columns) != list(COLUMNS):
+        raise ValueError(
+            f"{path}: line 1: expected columns {list(COLUMNS)}, got {list(frame.columns)}"
+        )
+    return frame
+
+
+def shape_of(shape_name: str) -> dict[str, int]:
+    """Sizes by name, from `Case.shape_name`."""
+    return {key: int(size) for key, _, size in (part.partition("=") for part in shape_name.split())}
+
+
+def values(frame: pd.DataFrame) -> dict[str, float]:
+    """Metric -> value, of the records of one case and row."""
+    measured = frame.dropna(subset=["value"])
+    return dict(zip(measured["metric"], measured["value"].astype(float), strict=True))
+
+
+def status(frame: pd.DataFrame) -> str:
+    """The status note of one case and row."""
+    return str(frame.loc[frame["metric"] == "status", "note"].iloc[0])
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _error_columns(metrics: Mapping[str, float]) -> dict[str, str]:
+    names = [key.removeprefix("max_error:") for key in metrics if key.startswith("max_error:")]
+    return {
+        f"{name} error (max, rel.)": (
+            f"{metrics[f'max_error:{name}']:.1e}, {metrics[f'relative_error:{name}']:.1e}"
+        )
+        for name in names
+    }
+
+
+def terminal_table(frame: pd.DataFrame) -> str:
+    """Every case and row: time, spread, ratio, memory, errors, and why a time is missing."""
+    lines = []
+    absent = _absent(frame)
+    for case, of_case in frame[~frame["row"].isin(absent)].groupby("case", sort=False):
+        shown = str(case)
+        for row, of_row in of_case.groupby("row", sort=False):
+            metrics, state = values(of_row), status(of_row)
+            line = {"case": shown, "row": row}
+            if "time" in metrics:
+                spread = (metrics["time_high"] - metrics["time_low"]) / metrics["time"]
+                line |= {"time": _duration(metrics["time"]), "spread": f"{100 * spread:.0f} %"}
+            if "ratio" in metrics:
+                line["x naive"] = f"{metrics['ratio']:.2f}"
+            if "peak_memory" in metrics:
+                line["MiB"] = f"{metrics['peak_memory']:.0f}"
+            lines.append({**line, **_error_columns(metrics), "note": "" if state == OK else state})
+            shown = ""
+    order = ["case", "row", "time", "spread", "x naive", "MiB"]
+    order += [*sorted({key for line in lines for key in line} - {*order, "note"}), "note"]
+    cells = [[line.get(key, "") for key in order] for line in lines]
+    table = tabulate(cells, headers=order, disable_numparse=True)
+    return "\n".join([table, *(f"{row}: {reason}" for row, reason in absent.items())])
+
+
+def _absent(frame: pd.DataFrame) -> dict[str, str]:
+    """Rows that cannot run in any case, all for one reason, and that reason."""
+    states = frame[frame["metric"] == "status"]
+    notes = {str(row): set(of_row["note"]) for row, of_row in states.groupby("row", sort=False)}
+    return {
+        row: reasons.pop()
+        for row, reasons in notes.items()
+        if len(reasons) == 1 and next(iter(reasons)).startswith((MISSING, FAILED))
+    }
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """One line per case, one column per row: time, ratio to naive, peak memory.
+
+    A row that cannot run in any case is left out of the table and named under it.
+    """
+    absent = _absent(frame)
+    rows = [row for row in frame["row"].unique() if row not in absent]
+    lines = []
+    for case, of_case in frame.groupby("case", sort=False):
+        cells = []
+        for row in rows:
+            of_row = of_case[of_case["row"] == row]
+            cells.append(_markdown_cell(values(of_row), status(of_row)) if len(of_row) else "")
+        lines.append([case, *cells])
+    first = frame.iloc[0]
+    noise = frame.loc[frame["metric"] == "other_load", "value"].max()
+    text = [
+        tabulate(lines, headers=["case", *rows], tablefmt="github", disable_numparse=True),
+        f"Median seconds per call, time relative to naive, peak memory above inputs and gradients. "
+        f"{first['cpu']}, {first['cores']} cores ({first['isa']}), "
+        f"{first['threads']} threads, {first['ram_gib']} GiB; GPU: {first['gpu']}; torch "
+        f"{first['torch']}, Python {first['python']}, bvpo_kernels {first['bvpo_kernels']}, commit "
+        f"{first['commit']}, {first['date']}; other processes took up to {noise:.0f} % of the CPU.",
+    ]
+    if absent:
+        text.append("\n".join(f"- {row}: {reason}" for row, reason in absent.items()))
+    return "\n\n".join(text)
+
+
+def _markdown_cell(metrics: Mapping[str, float], state: str) -> str:
+    if "time" not in metrics:
+        return state
+    parts = [_duration(metrics["time"])]
+    if "ratio" in metrics:
+        parts.append(f"{metrics['ratio']:.2f}x")
+    if "peak_memory" in metrics:
+        parts.append(f"{metrics['peak_memory']:.0f} MiB")
+    return ", ".join(parts)
