@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -33,21 +33,37 @@ class ModelConfig:
 class PromptsConfig:
     """Where prompts come from.
 
-    source "reasoning_gym": tasks by name, `size` prompts in all; "jsonl": a file with `prompt` or
-    `messages` per line; "datasets": a Hugging Face dataset (path or id) with such a column.
+    source "reasoning_gym": tasks, name -> options of its dataset, taken in turn; "jsonl": a file
+    with `prompt` or `messages` per line and optional `id`, `answer`, `metadata`; "datasets": a
+    Hugging Face dataset (path or id) with such columns. size: prompts at most, in all.
     """
 
     source: Literal["reasoning_gym", "jsonl", "datasets"] = "reasoning_gym"
     path: str | None = None
     split: str = "train"
-    tasks: list[str] = field(default_factory=lambda: ["chain_sum"])
+    tasks: dict[str, dict[str, Any]] = field(default_factory=lambda: {"chain_sum": {}})
     size: int = 64
     seed: int = 0
 
 
 @dataclass
+class ExampleConfig:
+    """A turn that shows the format to a model that was never taught to think."""
+
+    question: str
+    trace: str
+    answer: str
+
+
+@dataclass
 class SampleConfig:
-    """How responses are drawn; the paper draws five at temperature 0.8."""
+    """How responses are drawn; the paper draws five at temperature 0.8.
+
+    prompts_per_batch: prompts, times num_responses, of one call of generate; a prompt's samples
+    depend on it and on the seed, not on where a run was interrupted.
+    instruction: system text of both modes, `{open}` and `{close}` being the markers; None: a
+    built-in one, only for models whose template has no traces; "": none.
+    """
 
     num_responses: int = 5
     temperature: float = 0.8
@@ -55,17 +71,27 @@ class SampleConfig:
     max_new_tokens: int = 512
     max_new_tokens_empty: int = 256
     prompts_per_batch: int = 4
-    instruction: str | None = None  # system text for thinking mode; None: the built-in one
+    instruction: str | None = None
+    examples: list[ExampleConfig] = field(default_factory=list)
 
 
 @dataclass
 class RankConfig:
-    """How answers are scored and pairs chosen."""
+    """How answers are scored and pairs chosen.
+
+    judge "verifier": the task's own; "reward_model": a sequence classifier of transformers.
+    min_margin: a smaller difference between best and worst is a tie.
+    both_kinds: keep only prompts that gave a pair of each kind.
+    output: the file of pairs; None: pairs.jsonl in `run_dir`.
+    """
 
     judge: Literal["verifier", "reward_model"] = "verifier"
     reward_model: str | None = None
+    trust_remote_code: bool = False
     min_margin: float = 1e-6
     max_response_tokens: int = 4096
+    both_kinds: bool = False
+    output: str | None = None
 
 
 @dataclass

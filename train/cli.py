@@ -1,0 +1,78 @@
+"""`python -m train <command> --config x.yaml --section.option value`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser, Namespace
+
+from train.config import RunConfig
+
+# command -> (module with `run(cfg)`, help). Modules are imported when their command runs: `--help`
+# must not wait for transformers.
+COMMANDS = {
+    "sample": ("train.sample", "draw responses with and without a trace"),
+    "rank": ("train.rank", "score the answers and write best-worst pairs"),
+    "cache-ref": ("train.reference", "compute and store the reference model's scores"),
+    "train": ("train.loop", "train with the BVPO loss"),
+}
+# Set to 1 to see where an error was raised.
+DEBUG_VARIABLE = "BVPO_DEBUG"
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
+
+
+def build_command_parser(name: str) -> ArgumentParser:
+    """The parser of one command: the fields of `RunConfig`, all with defaults."""
+    parser = ArgumentParser(
+        description=COMMANDS[name][1],
+        # The generated usage, repeated with every error, is 80 lines.
+        usage=f"python -m train {name} [--config FILE] [--print_config] [--OPTION VALUE ...]",
+        # A misspelt option must not become another one.
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with these options")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all commands."""
+    parser = ArgumentParser(
+        prog="python -m train",
+        description="BVPO: sample responses, rank them into pairs, train on the pairs.",
+        epilog="--print_config without a command prints the options of all commands.",
+        allow_abbrev=False,
+    )
+    subcommands = parser.add_subcommands(dest="command")
+    for name, (_, help_text) in COMMANDS.items():
+        subcommands.add_subcommand(name, build_command_parser(name), help=help_text)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, RunConfig]:
+    """Command and configuration of a command line; exits with code 2 on one that is malformed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0].startswith("--print_config"):
+        arguments = ["train", *arguments]  # the options are the same for every command
+    parser = build_parser()
+    values = parser.instantiate_classes(parser.parse_args(arguments))
+    options: Namespace = values[values.command]
+    del options["config"]
+    return values.command, RunConfig(**vars(options))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the user's errors become one line on stderr and exit code 2."""
+    command, cfg = parse(arguments)
+    try:
+        importlib.import_module(COMMANDS[command][0]).run(cfg)
+    except USER_ERRORS as error:
+        if os.environ.get(DEBUG_VARIABLE) == "1":
+            raise
+        message = " ".join(str(error).split())
+        print(f"{command}: error: {message} ({DEBUG_VARIABLE}=1 shows where)", file=sys.stderr)
+        return 2
+    return 0

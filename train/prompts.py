@@ -1,0 +1,180 @@
+"""Prompts from reasoning-gym, a JSONL file or a Hugging Face dataset, with what judges them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.config import PromptsConfig
+from train.modes import Message
+
+# A task name that no verifier of reasoning-gym has: prompts that bring at most a gold answer.
+FREE_TEXT = "free_text"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation and its task: `{"name": ..., "entry": {"question", "answer", "metadata"}}`.
+
+    The entry is what reasoning-gym's verifier of that name scores an answer with; under the name
+    "free_text" it holds the gold answer, or None.
+    """
+
+    prompt_id: str
+    messages: list[Message]
+    task: dict[str, Any]
+
+
+def load_prompts(cfg: PromptsConfig) -> list[Prompt]:
+    """The configured prompts, at most `cfg.size`; a larger size only appends.
+
+    Raises:
+        ValueError: for a malformed record (file and line), a duplicate id, an unknown task.
+        FileNotFoundError: for a missing file or dataset.
+    """
+    if cfg.size < 1:
+        raise ValueError(f"prompts.size: expected a positive number of prompts, got {cfg.size}")
+    if cfg.source == "reasoning_gym":
+        return _reasoning_gym(cfg)
+    if cfg.path is None:
+        raise ValueError(f"prompts.path: expected a path for source {cfg.source}, got None")
+    records = read_jsonl(Path(cfg.path)) if cfg.source == "jsonl" else _dataset(cfg)
+    return _from_records(records, cfg.size)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of each line that is not blank.
+
+    Raises:
+        ValueError: naming file and line, for what is not a JSON object.
+        FileNotFoundError: for a missing file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", parse_object(line, f"{path}:{number}")
+
+
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+    """A line of JSONL; ValueError, naming `where`, for anything but a JSON object."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r} ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _dataset(cfg: PromptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    assert cfg.path is not None
+    try:
+        if (Path(cfg.path) / "dataset_info.json").is_file():  # written by Dataset.save_to_disk
+            rows = datasets.load_from_disk(cfg.path)
+        else:
+            rows = datasets.load_dataset(cfg.path, split=cfg.split)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FileNotFoundError(
+            f"prompts.path: expected a dataset that `datasets` can load, got {cfg.path!r} "
+            f"(split {cfg.split!r}): {reason}"
+        ) from error
+    for index, row in enumerate(rows):
+        yield f"{cfg.path}[{cfg.split}][{index}]", dict(row)
+
+
+def _messages(record: Mapping[str, Any], where: str) -> list[Message]:
+    messages = record.get("messages")
+    if messages is None:
+        prompt = record.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(
+                f"{where}: expected a text `prompt` or a list `messages`, got {sorted(record)}"
+            )
+        return [{"role": "user", "content": prompt}]
+    well_formed = isinstance(messages, list) and all(
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not well_formed or not messages or messages[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{where}: expected `messages` as a list of {{role, content}} that ends before the "
+            f"assistant's turn, got {str(messages)[:80]}"
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _from_records(records: Iterable[tuple[str, dict[str, Any]]], size: int) -> list[Prompt]:
+    prompts: dict[str, Prompt] = {}
+    for where, record in records:
+        if len(prompts) == size:
+            break
+        messages = _messages(record, where)
+        digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+        prompt_id = str(record.get("id", digest[:16]))
+        if prompt_id in prompts:
+            raise ValueError(f"{where}: expected a prompt of its own id, got {prompt_id!r} again")
+        answer = record.get("answer")
+        entry = {
+            "question": messages[-1]["content"],
+            "answer": None if answer is None else str(answer),
+            "metadata": record.get("metadata"),
+        }
+        task = {"name": FREE_TEXT, "entry": entry}
+        prompts[prompt_id] = Prompt(prompt_id, messages, task)
+    if not prompts:
+        raise ValueError("prompts.path: expected at least one prompt, got none")
+    return list(prompts.values())
+
+
+def _reasoning_gym(cfg: PromptsConfig) -> list[Prompt]:
+    """Prompt i is entry i // n of task i % n, for n tasks."""
+    import reasoning_gym
+
+    if not cfg.tasks:
+        raise ValueError("prompts.tasks: expected at least one task of reasoning-gym, got none")
+    per_task = -(-cfg.size // len(cfg.tasks))
+    sources = {}
+    for name, options in cfg.tasks.items():
+        try:
+            sources[name] = reasoning_gym.create_dataset(
+                name, **{"seed": cfg.seed, "size": per_task, **options}
+            )
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"prompts.tasks: expected tasks of reasoning-gym with its options, got {name!r}: "
+                f"{options} ({error})"
+            ) from error
+    prompts = []
+    for number in range(cfg.size):
+        index, which = divmod(number, len(cfg.tasks))
+        name = list(cfg.tasks)[which]
+        entry = _plain_entry(sources[name], name, sources[name][index])
+        messages = [{"role": "user", "content": entry["question"].strip()}]
+        prompt_id = f"{name}-{cfg.seed}-{index}"
+        prompts.append(Prompt(prompt_id, messages, {"name": name, "entry": entry}))
+    return prompts
+
+
+def _plain_entry(source: Any, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry after a trip through JSON, which must not change what its verifier says."""
+    try:
+        plain = json.loads(json.dumps(entry))
+        same = source.score_answer(entry["answer"], plain) == source.score_answer(
+            entry["answer"], entry
+        )
+    except (TypeError, ValueError, KeyError):
+        same = False
+    if not same:
+        raise ValueError(f"prompts.tasks: expected a task whose entries survive JSON, got {name!r}")
+    return plain

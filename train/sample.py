@@ -1,0 +1,269 @@
+"""`sample`: draw responses in both modes, one JSONL line per prompt, resumable.
+
+A line holds the prompt (id, messages, task) and, per mode, the prompt's ids and the responses: ids
+as generated, end-of-sequence id included; whether they ended by it; their text without it. The
+sidecar `responses.meta.json` holds what the samples depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from train.config import RunConfig, SampleConfig
+from train.models import load_model, tokenizer_fingerprint
+from train.modes import KIND_OF_MODE, THINKING, build_prompts
+from train.pairs import meta_path, provenance, write_json
+from train.prompts import Prompt, load_prompts, parse_object
+
+
+def responses_path(cfg: RunConfig) -> Path:
+    return Path(cfg.run_dir) / "responses.jsonl"
+
+
+def settings(cfg: RunConfig, tokenizer: Any) -> dict[str, Any]:
+    """What the samples of a prompt depend on, dotted name -> value.
+
+    `prompts.size` is left out: more prompts only append.
+    """
+    model = asdict(cfg.model)
+    del model["param_dtype"]  # sampling runs in compute_dtype
+    prompts = asdict(cfg.prompts)
+    del prompts["size"]
+    sections = {"model": model, "prompts": prompts, "sample": asdict(cfg.sample)}
+    flat = {
+        f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()
+    }
+    return {"seed": cfg.seed, "tokenizer": tokenizer_fingerprint(tokenizer), **flat}
+
+
+def check_settings(current: Mapping[str, Any], path: Path) -> None:
+    """Refuse to append to samples of other settings.
+
+    Raises:
+        ValueError: naming each setting that differs, or a sidecar that is missing.
+    """
+    sidecar = meta_path(path)
+    if not sidecar.is_file():
+        raise ValueError(f"{path}: expected its sidecar {sidecar.name} beside it, got none")
+    stored = parse_object(sidecar.read_bytes(), str(sidecar)).get("settings", {})
+    plain = json.loads(json.dumps(current))
+    differing = [
+        f"{name}: expected {stored.get(name)!r}, got {plain.get(name)!r}"
+        for name in sorted({*stored, *plain})
+        if stored.get(name) != plain.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path}: was sampled with other settings (use another run_dir or the same settings): "
+            + "; ".join(differing)
+        )
+
+
+def read_responses(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", record) of each complete line.
+
+    The last line may lack its end, when the writer was killed: it is left out.
+
+    Raises:
+        ValueError: naming file and line, for any other malformed line.
+        FileNotFoundError: for a missing file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; run `sample` first")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            where = f"{path}:{number}"
+            record = parse_object(line, where)
+            if not {"prompt_id", "messages", "task", "modes"} <= record.keys():
+                raise ValueError(f"{where}: expected a line of responses, got {sorted(record)}")
+            yield where, record
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        tqdm.write(f"{path}: its last line is incomplete and is sampled again")
+        with path.open("r+b") as file:
+            file.truncate(end)
+
+
+def finished_prompts(path: Path, prompts: Iterable[Prompt]) -> set[str]:
+    """Ids of the prompts that the file holds.
+
+    Raises:
+        ValueError: if a stored prompt has the id of a configured one and another text.
+    """
+    wanted = {prompt.prompt_id: prompt.messages for prompt in prompts}
+    done = set()
+    for where, record in read_responses(path):
+        prompt_id = record["prompt_id"]
+        if prompt_id in wanted and record["messages"] != wanted[prompt_id]:
+            raise ValueError(f"{where}: expected the messages of prompt {prompt_id!r}, got others")
+        done.add(prompt_id)
+    return done
+
+
+def end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Ids that end a response: the model's own and the tokenizer's."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise ValueError("model.name: expected a model or tokenizer with an end-of-sequence id")
+    return sorted(ids)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws responses; temperature and nucleus are the configuration's, nothing else applies."""
+
+    model: Any
+    tokenizer: Any
+    cfg: SampleConfig
+
+    def __post_init__(self) -> None:
+        # generate() fills what a call leaves out from the checkpoint's own sampling defaults
+        # (top_k, penalties): here they must not leak into the samples.
+        ends = end_ids(self.model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        self.model.generation_config = GenerationConfig(
+            do_sample=True, temperature=self.cfg.temperature, top_p=self.cfg.top_p, top_k=0,
+            num_return_sequences=self.cfg.num_responses, eos_token_id=ends,
+            pad_token_id=ends[0] if pad is None else pad,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def draw(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int
+    ) -> list[list[list[int]]]:
+        """[prompt][response] -> ids as generated, up to and including the end id."""
+        width = max(map(len, prompts))
+        pad = self.model.generation_config.pad_token_id
+        rows = [[pad] * (width - len(ids)) + list(ids) for ids in prompts]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        device = self.model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=max_new_tokens,
+            )
+        flat = [self._until_end(ids) for ids in output[:, width:].tolist()]
+        n = self.cfg.num_responses
+        return [flat[start : start + n] for start in range(0, len(flat), n)]
+
+    def is_finished(self, ids: Sequence[int]) -> bool:
+        ends = self.model.generation_config.eos_token_id
+        return bool(ids) and ids[-1] in ends
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+        return ids[:stop]
+
+    def describe(self, ids: list[int]) -> dict[str, Any]:
+        """A response as it is stored."""
+        finished = self.is_finished(ids)
+        # Markers may be special tokens of the tokenizer: only the end id is taken out of the text.
+        text = self.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+        return {"ids": ids, "finished": finished, "text": text}
+
+
+def batch_seed(seed: int, mode: str, batch: int) -> int:
+    """A batch's own seed, so that its samples do not depend on what ran before."""
+    digest = hashlib.sha256(f"{seed}\0{mode}\0{batch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sample_batch(
+    sampler: Sampler, prompts: Sequence[Prompt], batch: int, cfg: RunConfig
+) -> list[dict[str, Any]]:
+    """The records of a batch of prompts, both modes."""
+    inputs = [
+        build_prompts(sampler.tokenizer, prompt.messages, cfg.model, cfg.sample)
+        for prompt in prompts
+    ]
+    records = [{**asdict(prompt), "modes": {}} for prompt in prompts]
+    for mode in KIND_OF_MODE:
+        limit = cfg.sample.max_new_tokens if mode == THINKING else cfg.sample.max_new_tokens_empty
+        drawn = sampler.draw(
+            [ids[mode] for ids in inputs], limit, batch_seed(cfg.seed, mode, batch)
+        )
+        for record, ids, responses in zip(records, inputs, drawn, strict=True):
+            described = [sampler.describe(response) for response in responses]
+            record["modes"][mode] = {"prompt_ids": ids[mode], "responses": described}
+    return records
+
+
+def check_config(cfg: SampleConfig) -> None:
+    """ValueError naming the option that is out of range."""
+    least = {
+        "num_responses": 2, "max_new_tokens": 1, "max_new_tokens_empty": 1, "prompts_per_batch": 1
+    }  # fmt: skip
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise ValueError(f"sample.{name}: expected at least {low}, got {getattr(cfg, name)}")
+    if not cfg.temperature > 0:
+        raise ValueError(f"sample.temperature: expected a positive number, got {cfg.temperature}")
+    if not 0 < cfg.top_p <= 1:
+        raise ValueError(f"sample.top_p: expected a number in (0, 1], got {cfg.top_p}")
+
+
+def run(cfg: RunConfig) -> None:
+    """`sample`: responses of the configured prompts into `run_dir`; finished prompts are kept."""
+    check_config(cfg.sample)
+    prompts = load_prompts(cfg.prompts)
+    model, tokenizer = load_model(replace(cfg.model, param_dtype=cfg.model.compute_dtype))
+    path, current = responses_path(cfg), settings(cfg, tokenizer)
+    done: set[str] = set()
+    if path.exists():
+        check_settings(current, path)
+        _drop_unfinished_line(path)
+        done = finished_prompts(path, prompts)
+    write_json(meta_path(path), {"settings": current, **provenance()})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sampler = Sampler(model.to(device), tokenizer, cfg.sample)  # type: ignore[arg-type]
+    _sample_all(sampler, prompts, done, cfg, path)
+    print(f"responses of {len(prompts)} prompts: {path}")
+
+
+def _sample_all(
+    sampler: Sampler, prompts: Sequence[Prompt], done: set[str], cfg: RunConfig, path: Path
+) -> None:
+    """Sample the batches that lack a prompt, and append the prompts that are not there."""
+    size = cfg.sample.prompts_per_batch
+    tokens, start = 0, time.monotonic()
+    with (
+        path.open("a", encoding="utf-8") as file,
+        tqdm(total=len(prompts), unit="prompt", desc="sample") as bar,
+    ):
+        for batch in range(0, -(-len(prompts) // size)):
+            members = prompts[batch * size : (batch + 1) * size]
+            if any(prompt.prompt_id not in done for prompt in members):
+                # The whole batch again, so that its samples are those of an uninterrupted run.
+                for record in sample_batch(sampler, members, batch, cfg):
+                    tokens += _count_tokens(record)
+                    if record["prompt_id"] not in done:
+                        file.write(json.dumps(record) + "\n")
+                file.flush()
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s")
+            bar.update(len(members))
+
+
+def _count_tokens(record: Mapping[str, Any]) -> int:
+    return sum(
+        len(response["ids"]) for mode in record["modes"].values() for response in mode["responses"]
+    )
