@@ -1,0 +1,23 @@
+"""What README shows runs as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("0.6931 ")
+
+
+def test_targets_exist():
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    named = set(re.findall(r"\bmake ([a-z]+)", README))
+    assert {"demo", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
