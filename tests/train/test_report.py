@@ -31,7 +31,7 @@ def test_panels_hold_the_logged_values():
     metrics = {f"{kind}/{name}": 0.1 for kind in ("trace", "empty") for name in names}
     metrics |= {"alpha": 0.5, "grad_norm": 2.0, "lr": 1e-5, "tokens_per_second": 300.0}
     train = [{"step": step, **{k: v * step for k, v in metrics.items()}} for step in (1, 2, 3)]
-    held_out = [{"step": step, **{k: v * step for k, v in metrics.items()}} for step in (0, 3)]
+    held_out = [{"step": step, **{k: v * step for k, v in metrics.items()}} for step in (1, 3)]
     panels = report.figure_of({"train": train, "eval": held_out}).axes
     per_kind = [(0.1, 3), (0.1, 2)] * 2
     expected = [per_kind] * 3 + [[(0.5, 3)], [(2.0, 3)], [(300.0, 3)], [(1e-5, 3)]]
@@ -49,13 +49,23 @@ def test_figure_without_held_out_units(tmp_path):
 
 
 def test_table_is_aligned_and_signed():
-    before = {"trace/loss": 0.6931, "trace/rewards/accuracies": 0.0, "trace/rewards/margins": 0.0}
+    before = {"trace/loss": 0.6931, "trace/rewards/accuracies": 0.5, "trace/rewards/margins": 0.1}
     after = {"trace/loss": 0.65, "trace/rewards/accuracies": 0.75, "trace/rewards/margins": -12.5}
     lines = report.before_after_table(before, after, 4).splitlines()
     assert lines[0] == "held-out pairs of 4 units"
     assert len({len(line) for line in lines[1:]}) == 1
-    assert lines[-1].split() == ["trace", "margin", "0.0000", "-12.5000", "-12.5000"]
+    assert lines[-1].split() == ["trace", "margin", "0.1000", "-12.5000", "-12.6000"]
     assert len(lines) == 1 + 2 + 3  # no rows for a kind without pairs
+
+
+def test_accuracy_of_ties_is_not_reported_as_zero():
+    before = {"trace/rewards/accuracies": 0.0, "trace/rewards/margins": 0.0}
+    after = {"trace/rewards/accuracies": 0.75, "trace/rewards/margins": 0.2}
+    lines = report.before_after_table(before, after, 4).splitlines()
+    assert lines[3].split() == ["trace", "accuracy", "tie", "0.7500"]
+    events = {"train": [], "eval": [{"step": 0, **before}, {"step": 3, **after}]}
+    accuracy = report.figure_of(events).axes[2].lines[1]
+    assert accuracy.get_xydata().tolist() == [[3, 0.75]]
 
 
 def test_log_refuses_nan_and_names_a_bad_line(tmp_path):
