@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
+
+import torch
 
 from bvpo_kernels import compiled
 
 # `impl="auto"` takes the first of these that can serve the call.
 PREFERENCE = ("cuda", "triton", "cpp", "eager")
+# Triton's interpreter runs the kernels on CPU tensors, for tests: never chosen by "auto".
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _why_no_triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install bvpo_kernels[triton])"
-    return "no Triton kernels in this version"
+    if not (torch.cuda.is_available() or INTERPRETED):
+        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return ""
 
 
 # Backend -> why it cannot be used here, '' when it can; from slow to fast. Found once, at import:
@@ -34,6 +41,7 @@ def describe(name: str) -> str:
         "reference": "naive torch, any dtype, all logits in memory",
         "eager": "tiled torch, any device, bounded workspace",
         "cpp": f"C++ tiles on CPU tensors ({compiled.cpu_detail()})",
+        "triton": "interpreted on CPU tensors" if INTERPRETED else "row kernels between GEMMs",
     }[name]
 
 
@@ -49,7 +57,8 @@ def choose(impl: str, unsupported: Callable[[str], str]) -> str:
     """
     reasons = {name: why or unsupported(name) for name, why in MISSING.items()}
     if impl == "auto":
-        return next(name for name in PREFERENCE if not reasons[name])
+        usable = (name for name in PREFERENCE if not reasons[name])
+        return next(name for name in usable if not (name == "triton" and INTERPRETED))
     if impl not in reasons:
         raise ValueError(f"impl: expected 'auto' or one of {list(reasons)}, got {impl!r}")
     if reasons[impl]:

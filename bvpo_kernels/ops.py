@@ -6,13 +6,14 @@ needed) and runs it. Each op allocates its outputs, mutates nothing and is safe 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bvpo_kernels import checks
+from bvpo_kernels import backends, checks
 from bvpo_kernels.eager import logprobs as eager_logprobs
 from bvpo_kernels.eager import packing as eager_packing
 
@@ -60,6 +61,19 @@ _LOGPROBS = {
         torch.ops.bvpo.cpu_linear_logprobs_forward, torch.ops.bvpo.cpu_linear_logprobs_backward
     ),
 }
+if not backends.MISSING["triton"]:  # importing these modules needs triton
+    from bvpo_kernels.gpu import logprobs as gpu_logprobs
+    from bvpo_kernels.kernels import logprobs as triton_rows
+
+    def _on_gpu(kernels: gpu_logprobs.RowKernels) -> _Implementation:
+        return _Implementation(
+            functools.partial(gpu_logprobs.forward, kernels=kernels),
+            functools.partial(gpu_logprobs.backward, kernels=kernels),
+        )
+
+    _LOGPROBS["triton"] = _on_gpu(
+        gpu_logprobs.RowKernels(triton_rows.forward_rows, triton_rows.backward_rows)
+    )
 
 
 def _check_target_values(target_T: Tensor, vocab: int, ignore_index: int) -> None:

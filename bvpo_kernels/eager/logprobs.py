@@ -41,17 +41,17 @@ class ForwardResult(NamedTuple):
     unit_grad_TD: Tensor | None
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _mm(left: Tensor, right: Tensor) -> Tensor:
+def mm(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in the accumulation dtype.
 
     On CUDA the GEMM writes fp32 directly. CPU torch has no such GEMM for half inputs: the product
     is rounded to the input dtype once per tile (the error of a naive head), then widened.
     """
-    out_dtype = _accumulate_dtype(left.dtype)
+    out_dtype = accumulate_dtype(left.dtype)
     if left.is_cuda and out_dtype != left.dtype:
         return torch.mm(left, right, out_dtype=out_dtype)
     return torch.mm(left, right).to(out_dtype)
@@ -68,14 +68,14 @@ def _tile_shape(
     return tokens, max(min(vocab, elements // tokens), 1)
 
 
-def _ranges(total: int, step: int) -> Iterator[slice]:
+def ranges(total: int, step: int) -> Iterator[slice]:
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))
 
 
 def _logits(hidden_TD: Tensor, head: Head, columns: slice) -> tuple[Tensor, Tensor | None]:
     """A tile of final logits and, with a softcap, its derivative factor 1 - tanh^2."""
-    z = _mm(hidden_TD, head.weight_VD[columns].T)
+    z = mm(hidden_TD, head.weight_VD[columns].T)
     if head.bias_V is not None:
         z += head.bias_V[columns]
     slope = None
@@ -104,7 +104,7 @@ def _forward_rows(
     hidden_TD: Tensor, target_T: Tensor, head: Head, vocab_tile: int, entropy: bool, unit: bool
 ) -> ForwardResult:
     """Online softmax over the vocabulary tiles for one chunk of tokens (all of them scored)."""
-    acc = _accumulate_dtype(hidden_TD.dtype)
+    acc = accumulate_dtype(hidden_TD.dtype)
     new: Any = {"dtype": acc, "device": hidden_TD.device}
     num_tokens = hidden_TD.shape[0]
     minus_inf_T = torch.full((num_tokens,), -torch.inf, **new)
@@ -112,7 +112,7 @@ def _forward_rows(
     target_z_T, target_slope_T = torch.zeros(num_tokens, **new), torch.ones(num_tokens, **new)
     weighted_z_T = torch.zeros(num_tokens, **new)
     unit_TD = torch.zeros(hidden_TD.shape, **new) if unit else None
-    for columns in _ranges(head.weight_VD.shape[0], vocab_tile):
+    for columns in ranges(head.weight_VD.shape[0], vocab_tile):
         z, slope = _logits(hidden_TD, head, columns)
         inside_T, index_T1 = _target_column(target_T, columns)
         old_T = _set_target(z, inside_T, index_T1, minus_inf_T)
@@ -137,15 +137,15 @@ def _forward_rows(
                 target_slope_T = torch.where(inside_T, slope_y_T, target_slope_T)
                 p.mul_(slope)
             unit_TD.mul_(rescale_T[:, None])
-            unit_TD.add_(_mm(p.to(hidden_TD.dtype), head.weight_VD[columns]))
+            unit_TD.add_(mm(p.to(hidden_TD.dtype), head.weight_VD[columns]))
         max_T = new_max_T
-    return _finish_rows(
+    return finish_rows(
         hidden_TD.dtype, target_T, head, max_T, sum_T, target_z_T, target_slope_T,
         weighted_z_T if entropy else None, unit_TD,
     )  # fmt: skip
 
 
-def _finish_rows(
+def finish_rows(
     dtype: torch.dtype,
     target_T: Tensor,
     head: Head,
@@ -189,7 +189,7 @@ def _forward_scored(
     tokens, columns = _tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
     parts = [
         _forward_rows(hidden_TD[rows], target_T[rows], head, columns, entropy, unit)
-        for rows in _ranges(max(num_tokens, 1), tokens)
+        for rows in ranges(max(num_tokens, 1), tokens)
     ]
     fields: Any = zip(*parts, strict=True)
     return ForwardResult._make(None if f[0] is None else torch.cat(f) for f in fields)
@@ -229,7 +229,7 @@ def _backward_scored(
     """
     need_hidden, need_weight, need_bias = need
     hidden_TD = inputs.hidden_TD
-    acc = _accumulate_dtype(hidden_TD.dtype)
+    acc = accumulate_dtype(hidden_TD.dtype)
     fits = acc == hidden_TD.dtype or hidden_TD.numel() * acc.itemsize <= workspace // 2
     if need_hidden and (need_weight or need_bias) and not fits:
         dhidden_TD, _, _ = _backward_scored(inputs, head, workspace, (True, False, False))
@@ -245,19 +245,19 @@ def _backward_scored(
     dhidden_TD = torch.zeros_like(hidden_TD, dtype=acc) if need_hidden else None
     dweight_VD = torch.empty_like(head.weight_VD) if need_weight else None
     dbias_V = torch.empty_like(head.bias_V) if need_bias and head.bias_V is not None else None
-    for columns in _ranges(vocab, vocab_tile):
+    for columns in ranges(vocab, vocab_tile):
         weight_tile = head.weight_VD[columns]
         dweight_tile = torch.zeros_like(weight_tile, dtype=acc) if need_weight else None
         dbias_tile = torch.zeros(weight_tile.shape[0], dtype=acc, device=weight_tile.device)
-        for rows in _ranges(num_tokens, tokens):
+        for rows in ranges(num_tokens, tokens):
             chunk = BackwardInputs(*(tensor[rows] for tensor in inputs))
             dz = _dlogits(chunk, head, columns)
             dbias_tile += dz.sum(0)
             dz = dz.to(hidden_TD.dtype)
             if dweight_tile is not None:
-                dweight_tile += _mm(dz.T, chunk.hidden_TD)
+                dweight_tile += mm(dz.T, chunk.hidden_TD)
             if dhidden_TD is not None:
-                dhidden_TD[rows] += _mm(dz, weight_tile)
+                dhidden_TD[rows] += mm(dz, weight_tile)
         if dweight_VD is not None and dweight_tile is not None:
             dweight_VD[columns] = dweight_tile
         if dbias_V is not None:
@@ -273,12 +273,12 @@ def _backward_hidden(inputs: BackwardInputs, head: Head, workspace: int) -> Tens
     num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
     tokens, vocab_tile = _tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
     dhidden_TD = torch.empty_like(hidden_TD)
-    for rows in _ranges(num_tokens, tokens):
+    for rows in ranges(num_tokens, tokens):
         chunk = BackwardInputs(*(tensor[rows] for tensor in inputs))
-        part = torch.zeros_like(chunk.hidden_TD, dtype=_accumulate_dtype(hidden_TD.dtype))
-        for columns in _ranges(vocab, vocab_tile):
+        part = torch.zeros_like(chunk.hidden_TD, dtype=accumulate_dtype(hidden_TD.dtype))
+        for columns in ranges(vocab, vocab_tile):
             dz = _dlogits(chunk, head, columns).to(hidden_TD.dtype)
-            part += _mm(dz, head.weight_VD[columns])
+            part += mm(dz, head.weight_VD[columns])
         dhidden_TD[rows] = part
     return dhidden_TD
 

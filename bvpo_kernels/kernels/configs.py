@@ -1,0 +1,66 @@
+"""Launch shapes per architecture: a table, because an autotuner would run at the first call.
+
+The interpreter (TRITON_INTERPRET=1) runs one program after the other in Python, so its shapes take
+many rows at once; they stay small enough that the tests' shapes span several tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class RowConfig(NamedTuple):
+    """A row kernel: `rows` rows per program, read `block` columns at a time."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+class GemmConfig(NamedTuple):
+    """A matrix kernel: tile of tokens x vocabulary, `block_d` of the hidden size per step.
+
+    `group_m` token tiles run through the vocabulary together, so that their hidden rows and one
+    weight tile at a time stay in L2. `tma`: load through tensor descriptors.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+
+
+class Config(NamedTuple):
+    rows: RowConfig
+    gemm: GemmConfig
+    gemm_fp32: GemmConfig
+
+
+_ROWS = RowConfig(rows=1, block=2048, num_warps=4)
+# fp32 products run on the FMA units: tensor cores would round the inputs to TF32.
+_FP32 = GemmConfig(64, 64, 16, 16, num_warps=4, num_stages=3, tma=False)
+
+CONFIGS: dict[str, Config] = {
+    # 64 KiB of shared memory: also for the consumer chips of this generation and of sm_120.
+    "sm_80": Config(_ROWS, GemmConfig(128, 128, 32, 32, 8, 4, tma=False), _FP32),
+    "sm_90": Config(_ROWS, GemmConfig(128, 256, 64, 32, 8, 4, tma=True), _FP32),
+    "sm_100": Config(_ROWS, GemmConfig(128, 256, 64, 32, 8, 4, tma=True), _FP32),
+    "interpreter": Config(
+        RowConfig(rows=64, block=256, num_warps=1),
+        GemmConfig(16, 128, 16, 2, 1, 1, tma=False),
+        GemmConfig(16, 128, 16, 2, 1, 1, tma=False),
+    ),
+}
+
+
+def config(device: torch.device) -> Config:
+    """The launch shapes for `device`; a CPU device means the interpreter."""
+    if device.type == "cpu":
+        return CONFIGS["interpreter"]
+    major, _ = torch.cuda.get_device_capability(device)
+    return CONFIGS[{9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")]
