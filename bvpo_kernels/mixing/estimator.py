@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bvpo_kernels import checks
 from bvpo_kernels.mixing.moments import MIN_UNITS, Moments, StepStats, unbiased
-from bvpo_kernels.mixing.optimum import AlphaStar, Target, alpha_star
-from bvpo_kernels.types import TRACE
+from bvpo_kernels.mixing.optimum import MARGINAL, AlphaStar, Target, alpha_star
+from bvpo_kernels.types import EMPTY, TRACE
 
 # Steps (effective) from which their own spread gives the error bar instead of the jackknife.
 MIN_STEPS = 10.0
@@ -171,7 +171,9 @@ class AlphaEstimator:
         """Scalars of the estimate; those without a finite value (yet) are left out.
 
         alpha_star: a* clipped to [0, 1], the estimate behind the next step's weight; the weight
-        that a step used is logged by the loop. MSE(a) = mse_0 + mse_1 a + mse_2 a^2.
+        that a step used is logged by the loop. MSE(a) = mse_0 + mse_1 a + mse_2 a^2. With a
+        marginal kind, bias_t_sq = |mu_t - mu_m|^2 tells how far the traces' own mean has drifted
+        from it (0 in expectation while b_t = 0), bias_e_sq the same of the empties.
         """
         counts = {"units_skipped": self._units_skipped, "stats_skipped": self._steps_skipped}
         if self._steps == 0:
@@ -196,6 +198,10 @@ class AlphaEstimator:
             **{f"mse_{power}": value for power, value in enumerate(star.mse)},
             **counts,
         }
+        if MARGINAL in self._kinds:
+            moments = self.moments()
+            values["bias_t_sq"] = moments.distance_sq(TRACE, MARGINAL)
+            values["bias_e_sq"] = moments.distance_sq(EMPTY, MARGINAL)
         return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
     def state_dict(self) -> dict[str, Any]:

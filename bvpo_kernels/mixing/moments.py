@@ -170,6 +170,11 @@ class Moments:
         u, v = self.index("first", first), self.index("second", second)
         return self.values_XKK[MEANS, u, v].item()
 
+    def distance_sq(self, first: str, second: str) -> float:
+        """|mu_u - mu_v|^2, unbiased."""
+        cross = self.mean_product(first, second)
+        return self.mean_product(first, first) - 2 * cross + self.mean_product(second, second)
+
 
 def moment_values(
     total_KK: Tensor, sums_KK: Tensor, units: int, within_KK: Tensor | None = None
