@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from bvpo_kernels import backends, ops  # noqa: F401  (ops registers the operators)
+from bvpo_kernels import backends, ops, scope  # noqa: F401  (ops registers the operators)
 from bvpo_kernels.reference import logprobs as reference_logprobs
 from bvpo_kernels.types import IGNORE_INDEX
 
@@ -149,6 +149,7 @@ def linear_logprobs(
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
     default = DEFAULT_CUDA_WORKSPACE_BYTES if device == "cuda" else DEFAULT_WORKSPACE_BYTES
     workspace = default if workspace_bytes is None else workspace_bytes
+    owner = (weight, bias)
     hidden, weight = _autocast(device, hidden, weight)  # type: ignore[assignment]
     _validate(hidden, weight, target, bias, temperature, softcap, tail_tolerance, workspace)
     if tail_tolerance > 0:
@@ -156,14 +157,19 @@ def linear_logprobs(
     dtype = hidden.dtype
     chosen = backends.choose(impl, lambda name: _unsupported(name, device, dtype))
     target = target.to(torch.int64)
+    grad = torch.is_grad_enabled()
+    weight_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if scope.active is not None and grad and weight_grad:
+        options = (temperature, softcap, ignore_index, workspace, return_entropy, chosen)
+        measured = scope.active.head_logprobs(hidden, weight, target, bias, owner, options)
+        if measured is not None:
+            return (measured[0], measured[1].detach()) if return_entropy else measured[0]
     if chosen == "reference":
         logprobs, entropy = reference_logprobs.linear_logprobs(
             hidden, weight, target, bias_V=bias, temperature=temperature, softcap=softcap,
             ignore_index=ignore_index,
         )  # fmt: skip
         return (logprobs, entropy.detach()) if return_entropy else logprobs
-    grad = torch.is_grad_enabled()
-    weight_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     unit_grad = grad and hidden.requires_grad and not weight_grad
     logprobs, _, _, entropy, _ = torch.ops.bvpo.linear_logprobs_forward(
         hidden, weight, target, bias, temperature, softcap, ignore_index, workspace,

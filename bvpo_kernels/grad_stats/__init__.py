@@ -1,0 +1,6 @@
+"""Per-unit gradient statistics: see `GradStats`."""
+
+from bvpo_kernels.grad_stats.collect import GradStats
+from bvpo_kernels.grad_stats.coverage import Coverage
+
+__all__ = ["Coverage", "GradStats"]

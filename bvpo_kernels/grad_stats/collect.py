@@ -1,0 +1,367 @@
+"""`GradStats`: inner products of per-unit gradients, measured during the ordinary backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bvpo_kernels import scope
+from bvpo_kernels.eager.grad_stats import Plan, kept_shape
+from bvpo_kernels.eager.logprobs import accumulate_dtype
+from bvpo_kernels.grad_stats import layers as grouped
+from bvpo_kernels.grad_stats.combine import MicroBatchStats, combine
+from bvpo_kernels.grad_stats.coverage import Coverage, Layout, lay_out
+from bvpo_kernels.grad_stats.layers import Collection, Layer
+from bvpo_kernels.mixing import StepStats
+from bvpo_kernels.types import PackedBatch
+
+Mode = Literal["exact", "sketch", "norm"]
+Cross = Literal["sketch", "exact", "none"]
+
+_MODES = ("exact", "sketch", "norm")
+_CROSS = ("sketch", "exact", "none")
+
+
+class GradStats:
+    """<g_k,i, g_l,j> of the gradients of the units i and kinds k of a step.
+
+        stats = GradStats(model)
+        for micro in micro_batches:
+            with stats.collect(micro.batch, kind_scale={"trace": a / n_t, "empty": (1 - a) / n_e}):
+                loss(model, micro).backward()
+        step_stats = stats.result()          # what AlphaEstimator.update takes
+
+    g_k,i is the gradient, over the covered trained parameters, of the sum of the losses of the
+    pairs of kind k in unit i. `.grad` receives what it would receive without the statistics. Both
+    the forward and the backward of a micro-batch belong inside `collect`: layers run instrumented
+    forwards there. No hooks are used; activation checkpointing must be non-reentrant.
+
+    | mode, cross | within a unit | units of one micro-batch | of different ones, and ranks |
+    |---|---|---|---|
+    | exact, sketch | exact | exact | sketched: unbiased, see `sketch_size` |
+    | exact, exact | exact | exact | their sum exact, `rows_BKK` unknown |
+    | exact, none | exact | exact | none: one micro-batch on one rank per step |
+    | sketch | sketched | sketched | sketched |
+    | norm | exact, over norm weights alone: a proxy | exact | exact |
+
+    "exact" costs no further matrix product: group-wise weight gradients have the FLOPs of their
+    sum. cross="exact" keeps a copy of the gradient per kind until `result`, in fp32. Sketches are
+    S(G) = L G R^T with signs / sqrt(k), the same on all ranks, drawn anew each step; one costs
+    2 T k (P + D) FLOPs per [P, D] weight and k^2 numbers per unit and kind.
+
+    Args:
+        model: its trained parameters (`requires_grad`) are found now and whenever that changed.
+        mode, cross: see the table. `cross` is not used by the modes "sketch" and "norm".
+        strict: raise ValueError for trained parameters that no layer here can measure; else they
+            are left out, and `coverage` says how many. Mode "norm" leaves out by design.
+        sketch_size: k; the standard deviation of a sketched product is about |G| |H| / k.
+        seed: of the sketches; the same on all ranks.
+        head: module whose weight `linear_logprobs` is given; default: the output embeddings of
+            transformers' models.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: Mode = "exact",
+        *,
+        cross: Cross = "sketch",
+        strict: bool = True,
+        sketch_size: int = 32,
+        seed: int = 0,
+        head: nn.Module | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        for name, value, allowed in (("mode", mode, _MODES), ("cross", cross, _CROSS)):
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+        if isinstance(sketch_size, bool) or not isinstance(sketch_size, int) or sketch_size < 1:
+            raise ValueError(f"sketch_size: expected an int >= 1, got {sketch_size!r}")
+        self.model, self.mode, self.strict, self.head = model, mode, strict, head
+        self.cross: Cross = cross if mode == "exact" else "sketch"
+        self.sketch_size = sketch_size if self.cross == "sketch" else 0
+        self.seed, self._step = seed, 0
+        self.collection: Collection | None = None
+        self._micro_batches: list[MicroBatchStats] = []
+        self._kind_sums: list[Tensor | None] | None = None
+        self._arrange()
+
+    @property
+    def coverage(self) -> Coverage:
+        """How many of the trained parameters are measured, and the names of the others."""
+        return self._layout.coverage
+
+    def _arrange(self) -> None:
+        self._layout = lay_out(self.model, self.mode, self.head)
+        missing = self._layout.coverage.uncovered
+        if missing and self.strict and self.mode != "norm":
+            raise ValueError(
+                f"model: expected trained parameters of Linear, Embedding and norm layers, each "
+                f"used by one layer (or tied to the head); cannot measure {list(missing)}; freeze "
+                f"them or pass strict=False"
+            )
+        # Made once: a compiled model guards on the identity of a replaced forward.
+        self._forwards = [self._instrumented(layer) for layer in self._layout.layers]
+
+    def _instrumented(self, layer: Layer) -> Callable[..., Any]:
+        if layer.kind == "norm":
+            original = layer.module.forward
+
+            def forward(x: Tensor) -> Tensor:
+                return grouped.norm(layer, _running(self), x, original(x))
+
+            return forward
+        run = {"linear": grouped.linear, "embedding": grouped.embedding}[layer.kind]
+        return lambda x: run(layer, _running(self), x)
+
+    def _changed(self) -> bool:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        known = self._layout.parameters
+        return len(trained) != len(known) or any(
+            a is not b for a, b in zip(trained, known, strict=True)
+        )
+
+    @contextmanager
+    def collect(
+        self, batch: PackedBatch, kind_scale: Mapping[str, float] | None = None
+    ) -> Iterator[None]:
+        """Measure the backward that runs inside; forward and backward of one micro-batch.
+
+        Args:
+            batch: what the model is run on, as one row of tokens.
+            kind_scale: kind -> factor of that kind's losses in the loss that is differentiated,
+                weight / number of pairs in the step for `bvpo_loss`; it is divided out. None: 1.
+                A kind of factor 0 has no gradient to measure: clip alpha, to [.02, .98] say.
+
+        Raises:
+            ValueError: naming the argument: a unit without a kind, or already in this step; a
+                factor that is not a finite number > 0; trained parameters that cannot be measured.
+            RuntimeError: another collection runs; no backward ran; a layer was used twice in a
+                forward (its products with itself would be missing), naming it; a gradient that
+                bypassed the layers, naming the parameter.
+        """
+        if scope.active is not None:
+            raise RuntimeError("collect: another collection of gradient statistics is running")
+        if self._changed():
+            self._arrange()
+        scales = _scales(batch, kind_scale)
+        units = self._check_batch(batch, scales)
+        collection = self._open(batch)
+        before = self._gradient_versions()
+        self.collection, scope.active = collection, self
+        saved = [layer.module.__dict__.get("forward") for layer in self._layout.layers]
+        try:
+            for layer, forward in zip(self._layout.layers, self._forwards, strict=True):
+                layer.module.forward = forward  # type: ignore[method-assign]
+            yield
+        finally:
+            for layer, previous in zip(self._layout.layers, saved, strict=True):
+                layer.module.__dict__.pop("forward", None)
+                if previous is not None:
+                    layer.module.forward = previous  # type: ignore[method-assign]
+            self.collection = scope.active = None
+        self._close(batch, collection, units, scales, before)
+
+    def head_logprobs(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+        owner: tuple[Any, Any], options: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """For `linear_logprobs`: log-probabilities and entropies with statistics in the backward.
+
+        None in mode "norm". `owner`: weight and bias before casts.
+
+        Raises:
+            ValueError: the weight is none that this model's head is known to have.
+        """
+        if self.mode == "norm":
+            return None
+        if options[-1] == "reference":
+            raise ValueError("impl: 'reference' cannot serve this call: it measures no gradients")
+        for layer in self._layout.heads:
+            module: Any = layer.module
+            if module.weight is owner[0] and (owner[1] is None or module.bias is owner[1]):
+                return grouped.head_logprobs(
+                    layer, _running(self), hidden, weight, target, bias, options
+                )
+        if not self.strict:
+            return None
+        raise ValueError(
+            "weight: linear_logprobs got a trained weight that is not the model's output "
+            "embedding; name its module: GradStats(model, head=module)"
+        )
+
+    def result(self, process_group: Any = None) -> StepStats:
+        """The statistics of the micro-batches since the last `result`; starts the next step.
+
+        Args:
+            process_group: of torch.distributed; every rank calls, and all get the statistics of
+                the units of all ranks, in the order of the ranks. None: of this rank alone.
+
+        Raises:
+            RuntimeError: nothing was collected; cross="none" and more than one micro-batch or rank;
+                what `collect` could not see before: a layer used twice, a gradient that bypassed
+                its layers.
+        """
+        if not self._micro_batches:
+            raise RuntimeError("result: expected at least one collection, got none")
+        micro_batches, kind_sums = self._micro_batches, self._kind_sums
+        self.reset()
+        self._step += 1
+        for micro in micro_batches:
+            _check_uses(micro, self._layout, self.strict)
+        sums = [leaf.grad for leaf in kind_sums or () if leaf is not None]
+        return combine(micro_batches, self.mode, self.cross, sums, process_group)
+
+    def reset(self) -> None:
+        """Forget what was collected since the last `result`, for a step that is given up."""
+        self._micro_batches, self._kind_sums = [], None
+
+    def _check_batch(self, batch: PackedBatch, scales: tuple[float, ...]) -> Tensor:
+        """Index of the group of each unit and kind, int64 [B, K] on the CPU."""
+        units, kinds = len(batch.unit_ids), len(batch.kinds)
+        place = torch.full((units, kinds), -1)
+        unit_G, kind_G = batch.group_unit_G.cpu(), batch.group_kind_G.cpu()
+        place[unit_G, kind_G] = torch.arange(unit_G.shape[0])
+        for unit, name in enumerate(batch.unit_ids):
+            if bool((place[unit] < 0).any()):
+                kind = batch.kinds[int(place[unit].argmin())]
+                raise ValueError(
+                    f"batch: expected every kind in every unit, {name!r} has no {kind}"
+                )
+        seen = {name for micro in self._micro_batches for name in micro.unit_ids}
+        again = sorted(seen & set(batch.unit_ids))
+        if again or len(set(batch.unit_ids)) != units:
+            raise ValueError(f"batch: expected each unit once in a step, got again {again[:3]}")
+        if not units:
+            raise ValueError("batch: expected at least one unit, got none")
+        first = self._micro_batches[0] if self._micro_batches else None
+        if first is not None and first.kinds != batch.kinds:
+            raise ValueError(f"batch: expected the kinds {first.kinds}, got {batch.kinds}")
+        if first is not None and self.cross == "exact" and first.scales != scales:
+            raise ValueError(f"kind_scale: expected {first.scales} as before, got {scales}")
+        return place
+
+    def _open(self, batch: PackedBatch) -> Collection:
+        device, layout = batch.tokens_T.device, self._layout
+        # Kind sums are unscaled once, at the end, hence kept per kind and not per group.
+        plan = Plan(
+            ranges_G2=batch.group_ranges_G2.cpu(),
+            kinds_G=batch.group_kind_G,
+            seed=torch.tensor(self.seed * 1_000_003 + self._step),
+            num_layers=layout.num_layers,
+            exact=self.mode == "exact",
+            sketch=self.sketch_size,
+            num_kinds=len(batch.kinds) if self.cross == "exact" else 0,
+        )
+        covered = {i for layer in layout.layers for i in (layer.weight, layer.bias)}
+        kept = self._kind_sums
+        if kept is None:
+            kept = [
+                _leaf(plan, parameter, device) if index in covered else None
+                for index, parameter in enumerate(layout.parameters)
+            ]
+        if plan.num_kinds:
+            self._kind_sums = kept
+        record_size = plan.ranges_G2.shape[0] ** 2 + plan.num_layers
+        return Collection(
+            plan=plan,
+            num_tokens=batch.num_tokens,
+            record=torch.zeros(record_size, dtype=torch.float64, device=device, requires_grad=True),
+            kept=kept,
+            rows_U=torch.unique(batch.tokens_T),
+        )
+
+    def _gradient_versions(self) -> list[tuple[int, int]]:
+        return [
+            (0, 0) if p.grad is None else (id(p.grad), p.grad._version)
+            for p in self._layout.parameters
+        ]
+
+    def _close(
+        self,
+        batch: PackedBatch,
+        collection: Collection,
+        place: Tensor,
+        scales: tuple[float, ...],
+        before: list[tuple[int, int]],
+    ) -> None:
+        if collection.record.grad is None:
+            raise RuntimeError("collect: expected a backward inside, none reached a trained layer")
+        after = self._gradient_versions()
+        sketches = None
+        if collection.plan.sketch:
+            groups = place.numel()
+            parts = [
+                (leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad).reshape(groups, -1)
+                for leaf in collection.kept
+                if leaf is not None
+            ]
+            sketches = torch.cat(parts, dim=1)
+        self._micro_batches.append(
+            MicroBatchStats(
+                unit_ids=batch.unit_ids,
+                kinds=batch.kinds,
+                scales=scales,
+                place_BK=place,
+                record=collection.record.grad,
+                sketch_GF=sketches,
+                moved=tuple(
+                    i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b
+                ),
+            )
+        )
+
+
+def _running(stats: GradStats) -> Collection:
+    collection = stats.collection
+    assert collection is not None, "instrumented forwards run inside collect only"
+    return collection
+
+
+def _leaf(plan: Plan, parameter: Tensor, device: torch.device) -> Tensor | None:
+    """A zero of the shape of what is kept of `parameter`, without memory; it receives gradients."""
+    if not (plan.sketch or plan.num_kinds):
+        return None
+    zero = torch.zeros((), dtype=accumulate_dtype(parameter.dtype), device=device)
+    return zero.expand(kept_shape(plan, tuple(parameter.shape))).requires_grad_()
+
+
+def _scales(batch: PackedBatch, kind_scale: Mapping[str, float] | None) -> tuple[float, ...]:
+    if kind_scale is None:
+        return (1.0,) * len(batch.kinds)
+    if set(kind_scale) != set(batch.kinds):
+        raise ValueError(f"kind_scale: expected {batch.kinds}, got {tuple(kind_scale)}")
+    for kind, scale in kind_scale.items():
+        if not math.isfinite(scale) or not scale > 0:
+            raise ValueError(
+                f"kind_scale[{kind!r}]: expected a finite number > 0 (a kind without a gradient "
+                f"cannot be measured), got {scale}"
+            )
+    return tuple(float(kind_scale[kind]) for kind in batch.kinds)
+
+
+def _check_uses(micro: MicroBatchStats, layout: Layout, strict: bool) -> None:
+    """Each layer at most once per backward, and no gradient of a covered parameter without it."""
+    uses = micro.record[-layout.num_layers :].round().long().tolist()
+    used: set[int | None] = set()
+    for layer in (*layout.layers, *layout.heads):
+        if uses[layer.index] > 1:
+            raise RuntimeError(
+                f"{layer.name}: expected one use of the layer per collection, got "
+                f"{uses[layer.index]}: its gradients of different uses were not multiplied"
+            )
+        if uses[layer.index]:
+            used |= {layer.weight, layer.bias}
+    covered = {i for layer in layout.layers for i in (layer.weight, layer.bias)}
+    bypassed = [layout.names[i] for i in micro.moved if i in covered and i not in used]
+    if bypassed and strict:
+        raise RuntimeError(
+            f"collect: expected gradients of {bypassed} from their layers' own forwards; something "
+            f"else used the parameters"
+        )
