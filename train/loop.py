@@ -110,10 +110,12 @@ class Trainer:
         eval_every, num_steps = self.cfg.train.eval_every, self.plan.num_steps
         with report.RunLog(self.run_dir) as log:
             before = after = self.evaluate(log, 0)
-            for step in tqdm(range(num_steps), desc="train", unit="step"):
+            bar = tqdm(range(num_steps), desc="train", unit="step")
+            for step in bar:
                 line = self.train_step(step)
                 log.write("train", step + 1, line)
-                if step == 0:
+                bar.set_postfix(loss=f"{line['loss']:.4f}")
+                if step == 0 and self.cfg.loss.name == "dpo":
                     tqdm.write(f"first loss {line['loss']:.4f} (log 2 = {math.log(2):.4f})")
                 last = step + 1 == num_steps
                 if last or (eval_every and (step + 1) % eval_every == 0):
@@ -208,7 +210,7 @@ def _require_finite(scores_S: Tensor, micro: MicroBatch, step: int) -> None:
 def run(cfg: RunConfig) -> None:
     """`train`: from the configuration to the final model and its report in `run_dir`."""
     run_dir = Path(cfg.run_dir)
-    settings = yaml.safe_dump({**asdict(cfg)}, sort_keys=False)
+    settings = yaml.safe_dump(asdict(cfg), sort_keys=False)
     replace_file(run_dir / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8"))
     torch.manual_seed(cfg.seed)
     train_units, held_out = load_units(cfg)
