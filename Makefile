@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test asan lint bench pairs clean
+.PHONY: help install demo test asan lint aot bench pairs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -44,6 +44,9 @@ lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+aot: $(STAMP)  ## compile every GPU kernel for sm_80, sm_90 and sm_100, without a GPU
+	$(PY) -m bvpo_kernels.kernels.aot
 
 bench: $(STAMP)  ## regenerate the benchmark tables
 	$(PY) -m benchmarks.run logprobs

@@ -147,15 +147,16 @@ def _fused_chunk(
 
 
 def _forward_tile(
-    hidden_TD: Tensor, weight_VD: Tensor, workspace: int, entropy: bool, unit: bool
+    hidden_TD: Tensor, head: Head, workspace: int, entropy: bool, unit: bool
 ) -> tuple[_Tile, bool]:
     """The tile, and whether the fused forward serves it: scores only, and no room for a GEMM."""
+    weight_VD = head.weight_VD
     (num_tokens, dim), vocab = hidden_TD.shape, weight_VD.shape[0]
     token_bytes = dim * (hidden_TD.element_size() + (4 if unit else 0))
     tile = _tile(num_tokens, vocab, workspace, token_bytes, 0)
     if unit or tile.columns >= min(vocab, MIN_COLUMNS) or weight_VD.stride(1) != 1:
         return tile, False
-    shape = logprobs_gemm.gemm_config(hidden_TD.device, hidden_TD.dtype)
+    shape = logprobs_gemm.gemm_config(hidden_TD, weight_VD, head.bias_V, head.softcap)
     token_bytes += logprobs_gemm.partial_bytes_per_token(vocab, shape, entropy)
     tokens = max(workspace // token_bytes, shape.block_m)
     return _Tile(min(tokens, num_tokens), vocab), True
@@ -189,7 +190,7 @@ def forward(
         return (*vectors, empty, unit_TD)
     rows, scored_T = _compact(target_T, ignore_index)
     target_T = rows.take(target_T)
-    tile, fused = _forward_tile(hidden_TD, weight_VD, workspace, need_entropy, need_unit_grad)
+    tile, fused = _forward_tile(hidden_TD, head, workspace, need_entropy, need_unit_grad)
     parts: list[Any] = []
     for tokens in ranges(hidden_TD.shape[0], tile.tokens):
         hidden, target = packing.gather_rows(hidden_TD, rows.index_T[tokens]), target_T[tokens]
@@ -241,7 +242,8 @@ class _Backward:
         z = mm(hidden, self.head.weight_VD[columns].T)
         dz = _over(z, dtype)
         self.kernels.backward(
-            z, dz, self.target_T[tokens], self.rows.num_scored, *(v[tokens] for v in self.row_values),
+            z, dz, self.target_T[tokens], self.rows.num_scored,
+            *(values_T[tokens] for values_T in self.row_values),
             tokens.start, columns.start, **_options(self.head),
         )  # fmt: skip
         return dz

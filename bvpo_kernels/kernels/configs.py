@@ -36,25 +36,28 @@ class GemmConfig(NamedTuple):
 
 
 class Config(NamedTuple):
+    """`gemm_small` serves what leaves no registers beside a large tile: softcap or bias, and
+    rows that tensor descriptors cannot follow."""
+
     rows: RowConfig
     gemm: GemmConfig
+    gemm_small: GemmConfig
     gemm_fp32: GemmConfig
 
 
 _ROWS = RowConfig(rows=1, block=2048, num_warps=4)
 # fp32 products run on the FMA units: tensor cores would round the inputs to TF32.
+_SMALL = GemmConfig(128, 128, 32, 32, num_warps=8, num_stages=4, tma=False)
 _FP32 = GemmConfig(64, 64, 16, 16, num_warps=4, num_stages=3, tma=False)
+_INTERPRETED = GemmConfig(16, 128, 16, 2, num_warps=1, num_stages=1, tma=False)
 
 CONFIGS: dict[str, Config] = {
-    # 64 KiB of shared memory: also for the consumer chips of this generation and of sm_120.
-    "sm_80": Config(_ROWS, GemmConfig(128, 128, 32, 32, 8, 4, tma=False), _FP32),
-    "sm_90": Config(_ROWS, GemmConfig(128, 256, 64, 32, 8, 4, tma=True), _FP32),
-    "sm_100": Config(_ROWS, GemmConfig(128, 256, 64, 32, 8, 4, tma=True), _FP32),
-    "interpreter": Config(
-        RowConfig(rows=64, block=256, num_warps=1),
-        GemmConfig(16, 128, 16, 2, 1, 1, tma=False),
-        GemmConfig(16, 128, 16, 2, 1, 1, tma=False),
-    ),
+    # 48 KiB of shared memory: also for the consumer chips of this generation and of sm_120.
+    "sm_80": Config(_ROWS, _SMALL, _SMALL, _FP32),
+    "sm_90": Config(_ROWS, GemmConfig(128, 256, 64, 32, 8, 4, tma=True), _SMALL, _FP32),
+    # 128 x 256 spills in the epilogue here.
+    "sm_100": Config(_ROWS, GemmConfig(256, 128, 64, 16, 8, 4, tma=True), _SMALL, _FP32),
+    "interpreter": Config(RowConfig(rows=64, block=256, num_warps=1), *[_INTERPRETED] * 3),
 }
 
 

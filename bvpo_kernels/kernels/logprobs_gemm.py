@@ -83,29 +83,33 @@ def _fused_forward_kernel(
         TMA, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     row_M = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
     scored_M = (row_M < num_tokens) & (row_M < count)
+    # Columns count from the tile's start, in 32 bits: the accumulator leaves few registers.
+    local_N, inside_N = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N) < vocab - n * BLOCK_N
     bias = 0.0
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + column_N, mask=column_N < vocab, other=0.0).to(tl.float32)
-        bias = bias[None, :]
-    z, slope = finish_logit(z, bias, softcap, inv_temperature, HAS_SOFTCAP)
+        bias_N = tl.load(bias_ptr + n * BLOCK_N + local_N, mask=inside_N, other=0.0)
+        bias = bias_N.to(tl.float32)[None, :]
+    z, _ = finish_logit(z, bias, softcap, inv_temperature, HAS_SOFTCAP)
 
-    target_M = tl.load(target_ptr + row_M, mask=scored_M, other=-1)
-    is_target_MN = column_N[None, :] == target_M[:, None]
-    here_M = scored_M & (target_M >= n * BLOCK_N) & (target_M < (n + 1) * BLOCK_N)
+    target_M = tl.load(target_ptr + row_M, mask=scored_M, other=-1) - n * BLOCK_N
+    here_M = (target_M >= 0) & (target_M < BLOCK_N)
+    target_M = tl.where(here_M, target_M, -1).to(tl.int32)
+    is_target_MN = local_N[None, :] == target_M[:, None]
     target_z_M = tl.sum(tl.where(is_target_MN, z, 0.0), 1)
     tl.store(state_ptr + 3 * state_stride + row_M, target_z_M, mask=here_M)
     if HAS_SOFTCAP:
-        slope_M = tl.sum(tl.where(is_target_MN, slope, 0.0), 1)
+        tanh_M = target_z_M / (softcap * inv_temperature)
+        slope_M = (1.0 - tanh_M) * (1.0 + tanh_M)
         tl.store(state_ptr + 4 * state_stride + row_M, slope_M, mask=here_M)
 
-    z = tl.where((column_N < vocab)[None, :] & ~is_target_MN, z, _LOWEST)
+    keep_MN = inside_N[None, :] & (local_N[None, :] != target_M[:, None])
+    z = tl.where(keep_MN, z, _LOWEST)
     max_M = tl.max(z, 1)
     partial_M = partial_ptr + n.to(tl.int64) * tile_stride + row_M
     tl.store(partial_M, max_M, mask=scored_M)
-    # A tile with nothing but the target has no maximum; exp(lowest - lowest) must not count.
     distance = z - max_M[:, None]
+    # A tile with nothing but the target has no maximum; exp(lowest - lowest) must not count.
     e = tl.where(z > _LOWEST, tl.exp(distance), 0.0)
     tl.store(partial_M + kind_stride, tl.sum(e, 1), mask=scored_M)
     if HAS_ENTROPY:
@@ -139,10 +143,18 @@ def _merge_kernel(
     fold_state(state_ptr, state_stride, row_R, mask_R, max_R, sum_R, weighted_R, HAS_ENTROPY)
 
 
-def gemm_config(device: torch.device, dtype: torch.dtype) -> GemmConfig:
-    """Launch shapes of the fused forward for inputs of `dtype`."""
-    shapes = config(device)
-    return shapes.gemm_fp32 if dtype == torch.float32 else shapes.gemm
+def gemm_config(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+) -> GemmConfig:
+    """Launch shapes of the fused forward."""
+    shapes = config(hidden.device)
+    if hidden.dtype == torch.float32:
+        return shapes.gemm_fp32
+    # A descriptor wants rows that start at multiples of 16 bytes; gathered rows are contiguous.
+    row_bytes = hidden.shape[1] * hidden.element_size(), weight.stride(0) * weight.element_size()
+    aligned = weight.data_ptr() % 16 == 0 and all(size % 16 == 0 for size in row_bytes)
+    plain = bias is None and softcap is None
+    return shapes.gemm if aligned and plain else shapes.gemm_small
 
 
 def partial_bytes_per_token(vocab: int, shape: GemmConfig, entropy: bool) -> int:
@@ -150,20 +162,15 @@ def partial_bytes_per_token(vocab: int, shape: GemmConfig, entropy: bool) -> int
     return (3 if entropy else 2) * 4 * triton.cdiv(vocab, shape.block_n)
 
 
-def _operands(hidden: Tensor, weight: Tensor, shape: GemmConfig) -> tuple[Any, Any, bool]:
-    """Descriptors where the hardware can follow them: rows that start at multiples of 16 bytes."""
-    aligned = all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
-        for t in (hidden, weight)
-    )
-    if not (shape.tma and aligned):
-        return hidden, weight, False
+def _operands(hidden: Tensor, weight: Tensor, shape: GemmConfig) -> tuple[Any, Any]:
+    if not shape.tma:
+        return hidden, weight
     blocks = ([shape.block_m, shape.block_d], [shape.block_n, shape.block_d])
     descriptors = [
         TensorDescriptor(t, list(t.shape), list(t.stride()), block)
         for t, block in zip((hidden, weight), blocks, strict=True)
     ]
-    return descriptors[0], descriptors[1], True
+    return descriptors[0], descriptors[1]
 
 
 def fused_forward(
@@ -182,21 +189,21 @@ def fused_forward(
     """Fold all of softmax(z), z of h W^T as in `finish_logit`, into `state`.
 
     Args:
-        hidden_TD, weight_VD: rows contiguous, one dtype of bf16, fp16, fp32.
+        hidden_TD: contiguous. weight_VD: rows contiguous. One dtype of bf16, fp16, fp32.
         target_T, count, state, row_start: as in `forward_rows`.
     """
-    shape = gemm_config(hidden_TD.device, hidden_TD.dtype)
+    shape = gemm_config(hidden_TD, weight_VD, bias_V, softcap)
     (num_tokens, dim), vocab = hidden_TD.shape, weight_VD.shape[0]
     num_m, num_n = triton.cdiv(num_tokens, shape.block_m), triton.cdiv(vocab, shape.block_n)
     partial = hidden_TD.new_empty(3 if entropy else 2, num_n, num_tokens, dtype=torch.float32)
-    hidden, weight, tma = _operands(hidden_TD, weight_VD, shape)
+    hidden, weight = _operands(hidden_TD, weight_VD, shape)
     _fused_forward_kernel[(num_m * num_n,)](
         hidden, weight, target_T if bias_V is None else bias_V, target_T, count, partial, state,
         num_tokens, vocab, dim, hidden_TD.stride(0), weight_VD.stride(0),
         partial.stride(1), partial.stride(0), state.stride(0),
         row_start, float(softcap or 1.0), 1.0 / temperature,
         HAS_BIAS=bias_V is not None, HAS_SOFTCAP=softcap is not None, HAS_ENTROPY=entropy,
-        TMA=tma, UPCAST=not hidden_TD.is_cuda, PRECISION="ieee",
+        TMA=shape.tma, UPCAST=not hidden_TD.is_cuda, PRECISION="ieee",
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=shape.block_d,
         GROUP_M=shape.group_m, num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
