@@ -240,6 +240,10 @@ def test_identical_kinds_leave_the_weight_undetermined():
     star = alpha_star(stats(g.expand(5, 2, 7)), fallback=0.3)
     assert not star.determined
     assert (star.alpha, star.raw, star.low, star.high) == (0.3, 0.3, 0, 1)
+    rounded = [g * (1 + 1e-15 * torch.rand_like(g)) for _ in range(20)]
+    near = [alpha_star(stats(torch.cat([g, other], dim=1))) for other in rounded]
+    assert any(star.denominator > 0 for star in near)
+    assert not any(star.determined for star in near)
     zero = alpha_star(stats(torch.zeros(4, 2, 3).double()))
     assert not zero.determined
     assert not any(math.isnan(v) for v in dataclasses.astuple(zero)[:-1])

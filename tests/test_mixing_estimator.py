@@ -89,10 +89,10 @@ def test_no_reading_before_the_first_step():
 
 
 def test_identical_kinds_give_the_initial_weight():
-    alpha = estimator(initial=0.3)
+    alpha = estimator(initial=1.0)  # also where it lies outside of the clip
     for _ in range(12):
         alpha.update(stats(torch.randn(4, 1, 5).double().expand(4, 2, 5)))
-    assert alpha.value() == 0.3
+    assert alpha.value() == 1
     log = alpha.log()
     assert all(math.isfinite(value) for value in log.values())
     assert "alpha_se" not in log

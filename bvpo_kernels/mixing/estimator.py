@@ -33,11 +33,12 @@ class AlphaEstimator:
     Interval. With n = (sum w)^2 / sum w^2 effective steps, from n >= 10 on the standard error comes
     from the spread of the steps, var = sum w_s^2 r_s^2 / (sum w)^2 / (1 - 1 / n), r_s the residual
     numerator - a denominator of step s over the mean denominator, Student's t with n - 1 degrees.
-    It covers 95 % whatever the batch size and the ratio of noise to bias (simulated: 93.8 to
-    95.7 % for B = 4..16 and ten steps or more), needs no `rows_BKK`, and contains the noise of
-    sketches. Before that it is the jackknife's, the steps' covariances weighted by w_s^2: fair for
-    a single batch (95 to 98 %) and, when steps are pooled, where tr S_d / B is below about a tenth
-    of |Delta|^2 (95 to 97 %); elsewhere it is too wide (98 to 99.7 %; see `unbiased`).
+    It is fair whatever the batch size and the ratio of noise to bias (simulated coverage of a 95 %
+    interval: 93.6 to 95.7 % for B = 4..16 and ten steps or more), needs no `rows_BKK`, and contains
+    the noise of sketches. Before that it is the jackknife's, the steps' covariances weighted by
+    w_s^2: fair for a single batch (94.6 to 97.7 %) and, where steps are pooled, while tr S_d / B is
+    below about a fifth of |Delta|^2 (95 to 97 %); elsewhere it is too wide (98 to 99.5 %), for the
+    reason that `unbiased` gives.
     Both hold while the optimum moves little within n steps.
 
     Args:
