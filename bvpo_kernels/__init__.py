@@ -3,6 +3,7 @@
 from bvpo_kernels import losses
 from bvpo_kernels.logprobs import linear_logprobs
 from bvpo_kernels.losses import bvpo_loss
+from bvpo_kernels.mixing import AlphaEstimator, StepStats, alpha_star, mixing_weights
 from bvpo_kernels.packing import PackPlan, pack, plan_packs, segment_sum, unpack
 from bvpo_kernels.types import (
     EMPTY,
@@ -20,14 +21,18 @@ __all__ = [
     "IGNORE_INDEX",
     "KINDS",
     "TRACE",
+    "AlphaEstimator",
     "BVPOLoss",
     "PackPlan",
     "PackedBatch",
+    "StepStats",
     "TokenPair",
     "Unit",
+    "alpha_star",
     "bvpo_loss",
     "linear_logprobs",
     "losses",
+    "mixing_weights",
     "pack",
     "plan_packs",
     "segment_sum",
