@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,30 +205,35 @@ def compile_triton(case: Case, arch: int) -> Report:
 
 
 _ENTRY = re.compile(
-    r"Compiling entry function '(?P<name>\w+)'.*?"
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?"
+    r"(?P<stores>\d+) bytes spill stores.*?"
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
 
 
-def compile_cuda(source: Path, arch: int, nvcc: str) -> list[Report]:
-    """Compile the device code of a .cu file; one report per kernel instance."""
+def compile_cuda(source: Path, architectures: Sequence[int], nvcc: str) -> list[Report]:
+    """Compile a .cu file, host code included; one report per kernel instance and architecture."""
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++20", "-Xptxas", "-v",
-                   "-DBVPO_DEVICE_ONLY", "-o", f"{folder}/out.cubin", str(source)]  # fmt: skip
+        command = [nvcc, "-c", *targets, "-O3", "-std=c++20", "-Xptxas", "-v", "-isystem",
+                   str(include), "-o", f"{folder}/out.o", str(source)]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{source.name}, sm_{arch}: nvcc failed:\n{done.stderr}")
+        raise RuntimeError(f"{source.name}: nvcc failed:\n{done.stdout}{done.stderr}")
+    output = done.stdout + done.stderr
     reports = []
-    for entry in _ENTRY.finditer(done.stderr):
+    for entry in _ENTRY.finditer(output):
         shared = re.search(r"(\d+) bytes smem", entry["rest"])
         name, shared_bytes = _demangle(entry["name"]), int(shared[1]) if shared else 0
         registers, spills = int(entry["registers"]), int(entry["stores"])
-        report = Report(f"{source.stem}.cu: {name}", arch, registers, spills, shared_bytes)
-        reports.append(report)
-    if not reports:
-        raise RuntimeError(f"{source.name}, sm_{arch}: ptxas reported no kernel:\n{done.stderr}")
+        arch = int(entry["arch"])
+        reports.append(Report(f"{source.name}: {name}", arch, registers, spills, shared_bytes))
+    if {r.arch for r in reports} != set(architectures):
+        raise RuntimeError(f"{source.name}: ptxas did not report every architecture:\n{output}")
     return reports
 
 
@@ -236,8 +241,9 @@ def _demangle(name: str) -> str:
     filt = shutil.which("c++filt")
     if filt is None:
         return name
-    out = subprocess.run([filt, name], capture_output=True, text=True, check=True).stdout.strip()
-    return out.split("(")[0].removeprefix("void ").replace("bvpo::cuda::", "")
+    full = subprocess.run([filt, name], capture_output=True, text=True, check=True).stdout
+    kernel = re.search(r"(\w+_kernel(<[^(]*>)?)\(", full)
+    return kernel[1] if kernel else full.strip()
 
 
 def main() -> int:
@@ -252,8 +258,9 @@ def main() -> int:
     for arch in arguments.arch:
         wanted = [case for case in cases(arch) if arguments.only in case.name]
         reports += [compile_triton(case, arch) for case in wanted]
-        sources = [p for p in sorted(SOURCES.glob("*.cu")) if arguments.only in p.name]
-        reports += [r for p in sources if nvcc for r in compile_cuda(p, arch, nvcc)]
+    for source in sorted(SOURCES.glob("*.cu")):
+        if nvcc and arguments.only in source.name:
+            reports += compile_cuda(source, arguments.arch, nvcc)
     width = max(len(r.kernel) for r in reports)
     print(f"{'kernel':<{width}}  arch    regs  spill B  shared B  MMA")
     for r in sorted(reports, key=lambda r: (r.kernel, r.arch)):
