@@ -48,11 +48,16 @@ class PromptsConfig:
 
 @dataclass
 class ExampleConfig:
-    """A turn that shows the format to a model that was never taught to think."""
+    """A solved question that shows the format to a model that was never taught to think.
+
+    task: the task whose prompts it precedes; None: every prompt. In NoThinking mode the trace is
+    replaced by `model.empty_trace`.
+    """
 
     question: str
     trace: str
     answer: str
+    task: str | None = None
 
 
 @dataclass
@@ -61,8 +66,9 @@ class SampleConfig:
 
     prompts_per_batch: prompts, times num_responses, of one call of generate; a prompt's samples
     depend on it and on the seed, not on where a run was interrupted.
-    instruction: system text of both modes, `{open}` and `{close}` being the markers; None: a
+    instruction: system text of thinking mode, `{open}` and `{close}` being the markers; None: a
     built-in one, only for models whose template has no traces; "": none.
+    examples: solved questions before the prompt, in both modes.
     """
 
     num_responses: int = 5

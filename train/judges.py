@@ -10,8 +10,7 @@ import torch
 
 from train.config import RankConfig
 from train.models import readable_errors
-from train.modes import Message
-from train.prompts import FREE_TEXT
+from train.prompts import FREE_TEXT, Message
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from train.config import PromptsConfig
-from train.modes import Message
+
+Message = dict[str, str]
 
 # A task name that no verifier of reasoning-gym has: prompts that bring at most a gold answer.
 FREE_TEXT = "free_text"

@@ -192,10 +192,7 @@ def sample_batch(
     sampler: Sampler, prompts: Sequence[Prompt], batch: int, cfg: RunConfig
 ) -> list[dict[str, Any]]:
     """The records of a batch of prompts, both modes."""
-    inputs = [
-        build_prompts(sampler.tokenizer, prompt.messages, cfg.model, cfg.sample)
-        for prompt in prompts
-    ]
+    inputs = [build_prompts(sampler.tokenizer, prompt, cfg.model, cfg.sample) for prompt in prompts]
     records = [{**asdict(prompt), "modes": {}} for prompt in prompts]
     for mode in KIND_OF_MODE:
         limit = cfg.sample.max_new_tokens if mode == THINKING else cfg.sample.max_new_tokens_empty
