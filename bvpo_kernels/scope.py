@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 class HeadStatistics(Protocol):
-    """What `linear_logprobs` asks of the running collection."""
+    """What `linear_logprobs` and instrumented layers ask of the running collection."""
+
+    collection: Any
 
     def head_logprobs(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,

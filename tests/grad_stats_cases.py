@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from bvpo_kernels import EMPTY, TRACE, TokenPair, Unit, bvpo_loss, pack, segment_sum
+from bvpo_kernels.grad_stats import GradStats
+from bvpo_kernels.mixing import StepStats
 from bvpo_kernels.reference import grad_stats as oracle
 from bvpo_kernels.types import PackedBatch
 
@@ -27,7 +29,9 @@ def model(family: str = "llama", *, tied: bool = False, dtype=torch.float64, **o
     """A causal LM of random weights, the norms' included."""
     torch.manual_seed(1)
     config, cls = MODELS[family]
-    made = cls(config(**COMMON, tie_word_embeddings=tied, pad_token_id=None, **options)).to(dtype)
+    made = cls(config(**{**COMMON, **options}, tie_word_embeddings=tied, pad_token_id=None)).to(
+        dtype
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim == 1:
@@ -92,3 +96,32 @@ def oracle_gram(policy: nn.Module, batch_units: Sequence[Unit], kinds=(TRACE, EM
 
     gradients = oracle.group_gradients(batch_units, kinds, trained(policy), loss)
     return oracle.unit_gram(gradients)
+
+
+def run_step(stats: GradStats, policy: nn.Module, split: Sequence[Sequence[Unit]]) -> StepStats:
+    """One step of the given micro-batches, from gradients None."""
+    policy.zero_grad()
+    for part in split:
+        batch = pack(part)
+        with stats.collect(batch, SCALE):
+            dpo(policy, batch).backward()
+    return stats.result()
+
+
+def measure(policy: nn.Module, split: Sequence[Sequence[Unit]], **options) -> StepStats:
+    return run_step(GradStats(policy, **options), policy, split)
+
+
+def assert_matches(stats: StepStats, gram_BBKK: Tensor, tolerance: float) -> None:
+    """|measured <u, v> - <u, v>| <= tolerance |u| |v|."""
+    own_BKK = gram_BBKK.diagonal().permute(2, 0, 1)
+    norm_BK = own_BKK.diagonal(dim1=1, dim2=2).sqrt()
+    sums_KK = gram_BBKK.sum((0, 1))
+    sum_norm_K = sums_KK.diagonal().sqrt()
+    pairs = [(stats.gram_BKK, own_BKK, norm_BK[:, :, None] * norm_BK[:, None])]
+    pairs.append((stats.sums_KK, sums_KK, sum_norm_K[:, None] * sum_norm_K))
+    if stats.rows_BKK is not None:
+        pairs.append((stats.rows_BKK, gram_BBKK.sum(1), norm_BK[:, :, None] * sum_norm_K))
+    for name, (got, expected, scale) in zip(("gram", "sums", "rows"), pairs, strict=False):
+        error = ((got - expected).abs() - tolerance * scale).max().item()
+        assert error <= 0, f"{name}: beyond the tolerance by {error}\n{got}\n{expected}"

@@ -87,7 +87,6 @@ class GradStats:
         self.cross: Cross = cross if mode == "exact" else "sketch"
         self.sketch_size = sketch_size if self.cross == "sketch" else 0
         self.seed, self._step = seed, 0
-        self.collection: Collection | None = None
         self._micro_batches: list[MicroBatchStats] = []
         self._kind_sums: list[Tensor | None] | None = None
         self._arrange()
@@ -114,11 +113,11 @@ class GradStats:
             original = layer.module.forward
 
             def forward(x: Tensor) -> Tensor:
-                return grouped.norm(layer, _running(self), x, original(x))
+                return grouped.norm(layer, _running(), x, original(x))
 
             return forward
         run = {"linear": grouped.linear, "embedding": grouped.embedding}[layer.kind]
-        return lambda x: run(layer, _running(self), x)
+        return lambda x: run(layer, _running(), x)
 
     def _changed(self) -> bool:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -165,7 +164,8 @@ class GradStats:
                 layer.module.__dict__.pop("forward", None)
                 if previous is not None:
                     layer.module.forward = previous  # type: ignore[method-assign]
-            self.collection = scope.active = None
+            scope.active = None
+            del self.collection
         self._close(batch, collection, units, scales, before)
 
     def head_logprobs(
@@ -187,7 +187,7 @@ class GradStats:
             module: Any = layer.module
             if module.weight is owner[0] and (owner[1] is None or module.bias is owner[1]):
                 return grouped.head_logprobs(
-                    layer, _running(self), hidden, weight, target, bias, options
+                    layer, _running(), hidden, weight, target, bias, options
                 )
         if not self.strict:
             return None
@@ -271,7 +271,7 @@ class GradStats:
         record_size = plan.ranges_G2.shape[0] ** 2 + plan.num_layers
         return Collection(
             plan=plan,
-            num_tokens=batch.num_tokens,
+            tokens_T=batch.tokens_T,
             record=torch.zeros(record_size, dtype=torch.float64, device=device, requires_grad=True),
             kept=kept,
             rows_U=torch.unique(batch.tokens_T),
@@ -318,10 +318,11 @@ class GradStats:
         )
 
 
-def _running(stats: GradStats) -> Collection:
-    collection = stats.collection
-    assert collection is not None, "instrumented forwards run inside collect only"
-    return collection
+def _running() -> Collection:
+    """By the global and not by the closure of a forward: the compiler takes the sizes of tensors
+    that hang on a module for constants."""
+    assert scope.active is not None, "instrumented forwards run inside collect only"
+    return scope.active.collection
 
 
 def _leaf(plan: Plan, parameter: Tensor, device: torch.device) -> Tensor | None:

@@ -31,7 +31,7 @@ class Collection:
     """
 
     plan: Plan
-    num_tokens: int
+    tokens_T: Tensor
     record: Tensor
     kept: list[Tensor | None]
     rows_U: Tensor
@@ -47,7 +47,8 @@ class Collection:
 
     def check_tokens(self, name: str, leading: torch.Size) -> None:
         """The batch's tokens must be the first axis, or the second after one of size 1."""
-        tokens = self.num_tokens
+        # A size and not a number: a number would be a constant of a compiled graph.
+        tokens = self.tokens_T.shape[0]
         if leading[:1] != (tokens,) and leading[:2] != (1, tokens):
             expected = f"an input whose leading axes are [1, {tokens}] or [{tokens}]"
             raise ValueError(f"{name}: expected {expected}, got {list(leading)}")

@@ -129,10 +129,9 @@ def _norm_fake(dy, x, eps, centered, need_weight, need_bias, *plan_and_layer):
 
 @torch.library.impl(LIB, "linear_logprobs_statistics", "CompositeExplicitAutograd")
 def _head(*arguments):
-    call: Any = arguments[:16]
     *plan, layer = arguments[16:]
-    with torch.autocast(call[1].device.type, enabled=False):
-        return head_stats.backward(*call, Plan(*plan), layer)
+    with torch.autocast(arguments[1].device.type, enabled=False):
+        return head_stats.backward(*(*arguments[:16], Plan(*plan), layer))
 
 
 @torch.library.register_fake("bvpo::linear_logprobs_statistics", lib=LIB)
