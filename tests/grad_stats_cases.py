@@ -71,7 +71,7 @@ def units(count: int = 3, seed: int = 0, traces: int = 1) -> list[Unit]:
 
 # Weight of each kind, pairs of each kind in the whole step, and what they come to.
 ALPHA = {TRACE: 0.3, EMPTY: 0.7}
-COUNTS = {TRACE: 5, EMPTY: 5}
+COUNTS = {TRACE: 8, EMPTY: 6}
 SCALE = {kind: ALPHA[kind] / COUNTS[kind] for kind in ALPHA}
 
 

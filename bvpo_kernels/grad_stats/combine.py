@@ -71,7 +71,7 @@ def combine(
         gram = torch.cat([m.gram_BBKK().diagonal().permute(2, 0, 1) for m in micro_batches])
         rows = torch.cat([m.gram_BBKK().sum(1) for m in micro_batches])
         if cross == "sketch" and not alone:
-            rows = rows + _sketched_cross(micro_batches, process_group)
+            rows = rows + _sketched_cross(micro_batches, gram, process_group)
     gram = 0.5 * (gram + gram.mT)
     if process_group is not None:
         device = micro_batches[0].record.device
@@ -91,11 +91,29 @@ def _sketched(micro_batches: Sequence[MicroBatchStats], group: Any) -> tuple[Ten
     return gram.cpu(), rows.cpu()
 
 
-def _sketched_cross(micro_batches: Sequence[MicroBatchStats], group: Any) -> Tensor:
-    """<g_k,i, G_l - the part of G_l that is in i's micro-batch>, [B, K, K]."""
+def _sketched_cross(
+    micro_batches: Sequence[MicroBatchStats], gram_BKK: Tensor, group: Any
+) -> Tensor:
+    """<g_k,i, G_l - the part of G_l that is in i's micro-batch>, [B, K, K].
+
+    Calibrated by what is known of the same sketches: the exact sum of |d_i|^2 over the sketched
+    one. The error that all units share, as where their gradients are parallel, cancels; the ratio's
+    own bias is of the order of the variance of that sum.
+    """
     own = [micro.sketch_BKF() for micro in micro_batches]
     total_KF = _reduce(torch.stack([part.sum(0) for part in own]).sum(0), group)
-    return torch.cat([part @ (total_KF - part.sum(0)).T for part in own]).cpu()
+    cross = torch.cat([part @ (total_KF - part.sum(0)).T for part in own]).cpu()
+    sketched = torch.cat([part @ part.mT for part in own]).cpu()
+    spread = torch.stack([_spread(gram_BKK), _spread(sketched)])
+    exact, estimate = _reduce(spread.to(own[0].device), group).tolist()
+    return cross * (exact / estimate if estimate > 0 else 1.0)
+
+
+def _spread(gram_BKK: Tensor) -> Tensor:
+    """sum_i sum_k |g_k,i - mean_k g_k,i|^2, for two kinds sum_i |d_i|^2 / 2; |g_i|^2 for one."""
+    kinds = gram_BKK.shape[1]
+    squares = gram_BKK.diagonal(dim1=1, dim2=2).sum()
+    return squares if kinds == 1 else squares - gram_BKK.sum() / kinds
 
 
 def _sum_products(kind_sums: Sequence[Tensor | None], group: Any) -> Tensor:
