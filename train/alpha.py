@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from torch import nn
+
+from bvpo_kernels.grad_stats import GradStats
+from bvpo_kernels.mixing import AlphaEstimator, StepStats
+from bvpo_kernels.types import EMPTY, TRACE
 from train.config import AlphaConfig
 
 
@@ -18,7 +23,7 @@ class AlphaSource(Protocol):
     def value(self) -> float:
         """The weight a in [0, 1] of the coming step."""
 
-    def update(self, stats: Mapping[str, Any]) -> None:
+    def update(self, stats: StepStats) -> None:
         """Take in the statistics of the step that just ran."""
 
     def log(self) -> dict[str, float]:
@@ -42,7 +47,7 @@ class FixedAlpha:
     def value(self) -> float:
         return self.weight
 
-    def update(self, stats: Mapping[str, Any]) -> None:
+    def update(self, stats: StepStats) -> None:
         """Nothing: the weight does not depend on the gradients."""
 
     def log(self) -> dict[str, float]:
@@ -58,4 +63,29 @@ class FixedAlpha:
 
 def build_alpha(cfg: AlphaConfig) -> AlphaSource:
     """The source that the configuration asks for."""
-    return FixedAlpha(cfg.fixed)
+    estimate = cfg.estimate
+    if estimate is None:
+        return FixedAlpha(cfg.fixed)
+    return AlphaEstimator(
+        reference=estimate.reference, ema_halflife=estimate.ema_halflife, clip=estimate.clip,
+        warmup=estimate.warmup, initial=estimate.initial,
+    )  # fmt: skip
+
+
+def build_stats(
+    cfg: AlphaConfig, policy: nn.Module, head: nn.Module, seed: int
+) -> GradStats | None:
+    """What measures the gradients of a step; None for a fixed weight, which needs none."""
+    estimate = cfg.estimate
+    if estimate is None:
+        return None
+    return GradStats(
+        policy, estimate.mode, cross=estimate.cross, sketch_size=estimate.sketch_size, seed=seed,
+        head=head,
+    )  # fmt: skip
+
+
+def kind_scale(alpha: float, pair_counts: Mapping[str, int]) -> dict[str, float]:
+    """The factor of each kind's pairs in the loss of a step, which the statistics divide out."""
+    weights = {TRACE: alpha, EMPTY: 1.0 - alpha}
+    return {kind: weights[kind] / max(count, 1) for kind, count in pair_counts.items()}

@@ -109,10 +109,30 @@ class LossConfig:
 
 
 @dataclass
+class EstimateConfig:
+    """Measure a* from the per-unit gradients of the steps before (`AlphaEstimator`, `GradStats`).
+
+    mode: "exact" costs no further matrix product; "sketch" is cheaper in memory traffic; "norm" is
+    a proxy over the norm weights alone. cross: how gradients of different micro-batches are
+    multiplied, in mode "exact". clip bounds the weight while it scales a loss.
+    """
+
+    reference: Literal["trace", "marginal"] = "trace"
+    mode: Literal["exact", "sketch", "norm"] = "exact"
+    cross: Literal["sketch", "exact"] = "sketch"
+    sketch_size: int = 32
+    ema_halflife: float = 16.0
+    warmup: int = 8
+    initial: float = 0.5
+    clip: tuple[float, float] = (0.02, 0.98)
+
+
+@dataclass
 class AlphaConfig:
-    """The mixing weight of L_c = a L_t + (1 - a) L_e."""
+    """The weight of L_c = a L_t + (1 - a) L_e: `estimate` where it is given, else `fixed`."""
 
     fixed: float = 0.5
+    estimate: EstimateConfig | None = None
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bvpo_kernels.losses import LOSSES
-from bvpo_kernels.types import Unit
+from bvpo_kernels.types import BVPOLoss, Unit
 from train import head_memory, reference, report
-from train.alpha import build_alpha
+from train.alpha import build_alpha, build_stats, kind_scale
 from train.checkpoint import replace_file, save_model
 from train.config import OptimConfig, RunConfig
 from train.data import MicroBatch, Step, StepPlan, load_units
@@ -93,6 +93,8 @@ class Trainer:
             scores = reference.load_or_build(policy, self.plan, held_out, cfg)
         self.objective = Objective(policy, scores, cfg.loss)
         self.alpha = build_alpha(cfg.alpha)
+        head = policy.model.get_output_embeddings()
+        self.stats = build_stats(cfg.alpha, policy, head, cfg.seed)
         policy.train()  # transformers checkpoints activations in this mode only; no dropout is left
         if cfg.train.activation_checkpointing:
             # The newer name of the two; transformers 5.17 has the older one only.
@@ -139,17 +141,11 @@ class Trainer:
         with watch("forward"):
             kl = self.objective.kl(data.micro_batches)
         for micro in data.micro_batches:
-            with watch("forward"):
-                scores_S = self.objective.scores(micro)
-                _require_finite(scores_S, micro, step)
-                result = self.objective.loss(scores_S, micro, alpha, data.pair_counts, kl)
-                if not bool(result.loss.isfinite()):
-                    raise NonFiniteError(
-                        f"step {step}: loss {result.loss.item()} from the units "
-                        f"{list(micro.batch.unit_ids)}"
-                    )
-            with watch("backward"):
-                result.loss.backward()
+            with self._measured(micro, alpha, data):
+                with watch("forward"):
+                    result = self._loss(micro, alpha, data, kl, step)
+                with watch("backward"):
+                    result.loss.backward()
             metrics.add(result)
         with watch("optimizer"):
             grad_norm = self._clip(data, step)
@@ -157,9 +153,34 @@ class Trainer:
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
+        if self.stats is not None:
+            with watch("statistics"):
+                self.alpha.update(self.stats.result())
         line = metrics.result()
-        self.alpha.update(line)
         return line | self._step_values(data, watch, alpha, lr, grad_norm)
+
+    def _measured(self, micro: MicroBatch, alpha: float, data: Step) -> AbstractContextManager:
+        """Where a micro-batch runs: measured if alpha is estimated."""
+        if self.stats is None:
+            return nullcontext()
+        batch = micro.batch.to(self.policy.device)
+        return self.stats.collect(batch, kind_scale(alpha, data.pair_counts))
+
+    def _loss(
+        self,
+        micro: MicroBatch,
+        alpha: float,
+        data: Step,
+        kl: Mapping[str, Tensor] | None,
+        step: int,
+    ) -> BVPOLoss:
+        scores_S = self.objective.scores(micro)
+        _require_finite(scores_S, micro, step)
+        result = self.objective.loss(scores_S, micro, alpha, data.pair_counts, kl)
+        if not bool(result.loss.isfinite()):
+            units = list(micro.batch.unit_ids)
+            raise NonFiniteError(f"step {step}: loss {result.loss.item()} from the units {units}")
+        return result
 
     def _clip(self, data: Step, step: int) -> float:
         """Scale the gradient to `max_grad_norm`; returns its norm before that."""

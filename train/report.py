@@ -116,8 +116,46 @@ def _draw_accuracy(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _draw_alpha(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
-    axes.plot(*_series(events["train"], "alpha"), color="#444444", lw=1.6)
+    axes.plot(*_series(events["train"], "alpha"), color="#444444", lw=1.6, label="used")
+    steps, star = _series(events["train"], "alpha_star")
+    if steps:
+        axes.plot(steps, star, color="#b3262e", lw=1.6, ls="--", label="a*, measured")
+        banded = [line for line in events["train"] if "alpha_hi" in line]
+        low, high = ([line[name] for line in banded] for name in ("alpha_lo", "alpha_hi"))
+        steps = [line["step"] for line in banded]
+        axes.fill_between(steps, low, high, color="#b3262e", alpha=0.15, lw=0, label="95 %")
+        axes.legend(fontsize=8, frameon=False)
     axes.set_ylim(-0.03, 1.03)
+
+
+def _draw_variances(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
+    for name, label, color in (
+        ("trS_t", r"tr $S_t$, trace", COLORS[TRACE]),
+        ("trS_e", r"tr $S_e$, empty", COLORS[EMPTY]),
+        ("trS_te", r"tr $S_{te}$", "#444444"),
+        ("delta_sq", r"$|\Delta|^2$", "#b3262e"),
+    ):
+        axes.plot(*_series(events["train"], name), color=color, lw=1.6, label=label)
+    axes.axhline(0, color="0.5", ls=":", lw=1)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_error(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
+    """MSE(a) from the last step's averages, in units of MSE(1), with the minimum and its band."""
+    last = next(line for line in reversed(events["train"]) if "mse_2" in line)
+    weights = [index / 100 for index in range(101)]
+    curve = [last["mse_0"] + a * last["mse_1"] + a * a * last["mse_2"] for a in weights]
+    scale = abs(curve[-1]) or 1.0
+    axes.plot(weights, [value / scale for value in curve], color="#444444", lw=1.8)
+    axes.axvline(
+        last["alpha_star"], color="#b3262e", lw=1.6, label=f"a* = {last['alpha_star']:.2f}"
+    )
+    if "alpha_hi" in last:
+        axes.axvspan(last["alpha_lo"], last["alpha_hi"], color="#b3262e", alpha=0.15, lw=0)
+    axes.set_xlabel("weight of the trace loss, a")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.legend(fontsize=8, frameon=False)
 
 
 def _draw_optimizer(axes: Axes, events: dict[str, list[dict[str, Any]]]) -> None:
@@ -148,12 +186,23 @@ _PANELS: tuple[tuple[str, str, Callable[[Axes, dict[str, list[dict[str, Any]]]],
 )
 
 
+# Shown where the weight was estimated.
+_ESTIMATE_PANELS = (
+    ("Gradient noise per unit, and bias", "squared gradient norm", _draw_variances),
+    ("Error of the mixed gradient", "MSE(a) / MSE(1)", _draw_error),
+)
+
+
 def figure_of(events: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Six panels over the optimizer steps."""
-    figure = Figure(figsize=(14, 7.6), dpi=110)
+    """Six panels over the optimizer steps; eight where the mixing weight was estimated."""
+    panels = _PANELS
+    if any("mse_2" in line for line in events["train"]):
+        panels = (*_PANELS[:4], *_ESTIMATE_PANELS, *_PANELS[4:])
+    figure = Figure(figsize=(14 * len(panels) / 6, 7.6), dpi=110)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     FigureCanvasAgg(figure)
-    for axes, (title, unit, fill) in zip(figure.subplots(2, 3).flatten(), _PANELS, strict=True):
+    grid = figure.subplots(2, len(panels) // 2).flatten()
+    for axes, (title, unit, fill) in zip(grid, panels, strict=True):
         _panel(axes, title, unit)
         fill(axes, events)
     return figure

@@ -1,0 +1,112 @@
+"""The loop with a measured mixing weight."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_runs import make_cfg, make_trainer, make_units, read_lines
+
+from bvpo_kernels.mixing import alpha_star, unbiased
+from train.alpha import FixedAlpha, build_alpha, kind_scale
+from train.config import AlphaConfig, EstimateConfig
+
+
+def estimated(tmp_path, **options):
+    cfg = make_cfg(tmp_path, max_steps=5, units_per_step=4)
+    cfg.alpha = AlphaConfig(estimate=EstimateConfig(**{"warmup": 2, **options}))
+    return cfg
+
+
+def unit_gradients(trainer, units, step):
+    """Gradient of each unit's own loss per kind, [B, 2, parameters], fp64, one backward each."""
+    policy = trainer.policy
+    rows = []
+    for unit in units:
+        pair = []
+        for kind in ("trace", "empty"):
+            micro = next(m for m in step.micro_batches if unit.unit_id in m.batch.unit_ids)
+            single = trainer.objective.scores(micro)
+            index = micro.batch.kinds.index(kind)
+            mine = (micro.batch.pair_kind_P == index) & (
+                micro.batch.group_unit_G[micro.batch.pair_group_P]
+                == micro.batch.unit_ids.index(unit.unit_id)
+            )
+            reference = trainer.objective.reference.scores(micro.units)
+            margin = (single - reference).view(-1, 2) @ torch.tensor([1.0, -1.0])
+            loss = -torch.nn.functional.logsigmoid(trainer.cfg.loss.beta * margin[mine]).sum()
+            grads = torch.autograd.grad(loss, list(policy.parameters()))
+            pair.append(torch.cat([g.flatten().double() for g in grads]))
+        rows.append(torch.stack(pair))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("tokens", [160, 4000], ids=["several micro-batches", "one"])
+def test_statistics_of_a_step_are_those_of_single_units(tmp_path, tokens):
+    """Scales, alpha and accumulation undone: the Gram matrix of the per-unit gradients."""
+    cfg = estimated(tmp_path, cross="exact")
+    cfg.train.tokens_per_micro_batch = tokens
+    trainer = make_trainer(cfg, make_units(4))
+    step = trainer.plan[0]
+    assert (len(step.micro_batches) > 1) == (tokens == 160)
+    grads = unit_gradients(trainer, step.units, step)
+    seen = {}
+    trainer.alpha.update = lambda stats: seen.update(stats=stats)
+    trainer.train_step(0)
+    stats = seen["stats"]
+    gram = torch.einsum("bkp,blp->bkl", grads, grads)
+    scale = gram.diagonal(dim1=1, dim2=2).sqrt()
+    close = 1e-4 * scale[:, :, None] * scale[:, None, :]
+    assert ((stats.gram_BKK - gram).abs() <= close).all()
+    sums = grads.sum(0)
+    torch.testing.assert_close(stats.sums_KK, sums @ sums.T, rtol=1e-4, atol=1e-6)
+    assert alpha_star(unbiased(stats)).raw == pytest.approx(
+        alpha_star_by_hand(grads[:, 0], grads[:, 1]), rel=1e-3
+    )
+
+
+def alpha_star_by_hand(t, e):
+    """1 - q / (B |d|^2) from raw gradients (reference = trace)."""
+    d = t - e
+    size = len(t)
+    q = ((t * d).sum() - t.sum(0) @ d.sum(0) / size) / (size - 1)
+    return float(1 - q / (size * d.mean(0).square().sum()))
+
+
+@pytest.mark.parametrize("mode", ["exact", "sketch", "norm"])
+def test_run_measures_and_uses_the_weight(tmp_path, mode):
+    cfg = estimated(tmp_path, mode=mode)
+    trainer = make_trainer(cfg, make_units(12), make_units(2, seed=3))
+    trainer.run()
+    lines = [line for line in read_lines(tmp_path) if line["event"] == "train"]
+    assert [line["alpha"] for line in lines[:2]] == [0.5, 0.5]
+    # The weight of a step is what the step before had estimated, clipped.
+    for before, line in pairwise(lines[1:]):
+        assert line["alpha"] == pytest.approx(min(max(before["alpha_raw"], 0.02), 0.98))
+    for line in lines:
+        assert line["trS_t"] > 0
+        assert line["alpha_lo"] <= line["alpha_star"] <= line["alpha_hi"]
+    assert (tmp_path / "report.png").stat().st_size > 20_000
+
+
+def test_measuring_does_not_change_the_training(tmp_path):
+    """During warm-up a = 0.5: gradients, hence weights, are those of a fixed 0.5."""
+    results = []
+    for name, alpha in {
+        "fixed": AlphaConfig(fixed=0.5),
+        "measured": AlphaConfig(estimate=EstimateConfig(warmup=99)),
+    }.items():
+        cfg = make_cfg(tmp_path / name)
+        cfg.alpha = alpha
+        trainer = make_trainer(cfg, make_units(8))
+        for step in range(2):
+            trainer.train_step(step)
+        results.append({k: v.detach().clone() for k, v in trainer.policy.named_parameters()})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_sources():
+    assert isinstance(build_alpha(AlphaConfig(fixed=0.3)), FixedAlpha)
+    assert kind_scale(0.25, {"trace": 4, "empty": 3}) == {"trace": 0.0625, "empty": 0.25}
+    with pytest.raises(ValueError, match=r"alpha.fixed: .*got 1.5"):
+        build_alpha(AlphaConfig(fixed=1.5))
