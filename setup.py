@@ -11,7 +11,8 @@ from pathlib import Path
 from setuptools import setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:  # build isolation without torch: a pure-Python wheel
     BuildExtension = None
 
@@ -41,27 +42,57 @@ def cpu_extension():
     )
 
 
+def cuda_extension():
+    """csrc/cuda on LibTorch's stable ABI: one binary for torch 2.11 and later."""
+    sources = sorted(
+        str(p.relative_to(ROOT))
+        for pattern in ("*.cpp", "*.cu")
+        for p in (ROOT / "csrc" / "cuda").glob(pattern)
+    )
+    flags = ["-O3", "-std=c++20"]
+    return CUDAExtension(
+        "bvpo_kernels._cuda", sources, extra_compile_args={"cxx": flags, "nvcc": flags}
+    )
+
+
+def wants_cuda():
+    if os.environ.get("BVPO_USE_CUDA") == "0":
+        say("BVPO_USE_CUDA=0: the CUDA kernels are not built; the other backends work")
+        return False
+    return bool(torch.version.cuda and CUDA_HOME)
+
+
 def extensions():
-    if os.environ.get("BVPO_USE_CPP") == "0":
-        say("BVPO_USE_CPP=0: the C++ kernels are not built; the other backends work")
-        return []
     if BuildExtension is None:
         say("torch is not importable here (use --no-build-isolation): no C++ kernels are built")
         return []
-    return [cpu_extension()]
+    modules = []
+    if os.environ.get("BVPO_USE_CPP") == "0":
+        say("BVPO_USE_CPP=0: the C++ kernels are not built; the other backends work")
+    else:
+        modules.append(cpu_extension())
+    if wants_cuda():
+        modules.append(cuda_extension())
+    return modules
 
 
 def optional_build():
-    """BuildExtension that drops an extension which fails to compile instead of failing."""
+    """BuildExtension that drops each extension which fails to compile instead of failing."""
 
     class OptionalBuild(BuildExtension):
         def build_extensions(self):
-            try:
-                super().build_extensions()
-            except Exception as error:
-                reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-                say(f"the C++ kernels could not be built ({reason}); the other backends work")
-                self.extensions = []  # a new list: the distribution keeps its own
+            wanted, built = self.extensions, []
+            for extension in wanted:
+                self.extensions = [extension]  # a new list: the distribution keeps its own
+                try:
+                    super().build_extensions()
+                    built.append(extension)
+                except Exception as error:
+                    lines = str(error).strip().splitlines() or [repr(error)]
+                    language = "CUDA" if extension.name.endswith("_cuda") else "C++"
+                    say(f"the {language} kernels could not be built ({lines[-1]}); "
+                        "the other backends work")  # fmt: skip
+            self.extensions = built
 
     return OptionalBuild
 

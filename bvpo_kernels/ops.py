@@ -31,7 +31,11 @@ LIB.define(
     "int ignore_index, int workspace_bytes, bool need_hidden, bool need_weight, bool need_bias, "
     "str impl) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
-LIB.define("segment_sum(Tensor values, Tensor cu_seqlens) -> Tensor")
+LIB.define("segment_sum(Tensor values, Tensor cu_seqlens, str impl) -> Tensor")
+LIB.define(
+    "segment_spread(Tensor dsums, Tensor cu_seqlens, int num_tokens, ScalarType dtype, str impl) "
+    "-> Tensor"
+)
 
 # Implemented in csrc/cpu; the same arguments without `impl`.
 LIB.define(
@@ -47,6 +51,22 @@ LIB.define(
 )
 LIB.define("cpu_path(ScalarType dtype) -> str")
 
+# Implemented in csrc/cuda, called by gpu/cuda_kernels.py. `p` and `dz` may lie over `z`.
+LIB.define(
+    "cuda_rows_forward(Tensor z, Tensor(a!)? p, Tensor? bias, Tensor target, Tensor count, "
+    "Tensor(b!) state, int row_start, int column_start, float softcap, float inv_temperature, "
+    "bool entropy) -> ()"
+)
+LIB.define(
+    "cuda_rows_backward(Tensor z, Tensor(a!) dz, Tensor? bias, Tensor target, Tensor count, "
+    "Tensor upstream, Tensor coefficient, Tensor max, Tensor logsum, int row_start, "
+    "int column_start, float softcap, float inv_temperature) -> ()"
+)
+LIB.define(
+    "cuda_pair_reduce(Tensor g_trace, Tensor g_empty, Tensor weights, Tensor(a!) dweight, "
+    "Tensor(b!) partials) -> ()"
+)
+
 
 class _Implementation(NamedTuple):
     """What serves `linear_logprobs`: the two ops' arguments without `impl`, the same results."""
@@ -61,19 +81,21 @@ _LOGPROBS = {
         torch.ops.bvpo.cpu_linear_logprobs_forward, torch.ops.bvpo.cpu_linear_logprobs_backward
     ),
 }
+_SEGMENT_SUM = {"eager": (eager_packing.segment_sum, eager_packing.segment_spread)}
+
 if not backends.MISSING["triton"]:  # importing these modules needs triton
+    from bvpo_kernels.gpu import cuda_kernels
     from bvpo_kernels.gpu import logprobs as gpu_logprobs
-    from bvpo_kernels.kernels import logprobs as triton_rows
+    from bvpo_kernels.kernels import logprobs as triton_kernels
+    from bvpo_kernels.kernels import packing as triton_packing
 
-    def _on_gpu(kernels: gpu_logprobs.RowKernels) -> _Implementation:
-        return _Implementation(
-            functools.partial(gpu_logprobs.forward, kernels=kernels),
-            functools.partial(gpu_logprobs.backward, kernels=kernels),
+    for _name, _module in (("triton", triton_kernels), ("cuda", cuda_kernels)):
+        _kernels = gpu_logprobs.RowKernels(_module.forward_rows, _module.backward_rows)
+        _LOGPROBS[_name] = _Implementation(
+            functools.partial(gpu_logprobs.forward, kernels=_kernels),
+            functools.partial(gpu_logprobs.backward, kernels=_kernels),
         )
-
-    _LOGPROBS["triton"] = _on_gpu(
-        gpu_logprobs.RowKernels(triton_rows.forward_rows, triton_rows.backward_rows)
-    )
+    _SEGMENT_SUM["triton"] = (triton_packing.segment_sum, triton_packing.segment_spread)
 
 
 def _check_target_values(target_T: Tensor, vocab: int, ignore_index: int) -> None:
@@ -207,32 +229,42 @@ torch.library.register_autograd(
 
 
 @torch.library.impl(LIB, "segment_sum", "CompositeExplicitAutograd")
-def _segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _segment_sum(values: Tensor, cu_seqlens: Tensor, impl: str) -> Tensor:
     # Here and not in the public function: a graph cannot be traced through checks of values.
     checks.cu_seqlens_values(cu_seqlens, values.shape[0])
-    return eager_packing.segment_sum(values, cu_seqlens)
+    return _SEGMENT_SUM[impl][0](values, cu_seqlens)
 
 
 @torch.library.register_fake("bvpo::segment_sum", lib=LIB)
-def _segment_sum_fake(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _segment_sum_fake(values: Tensor, cu_seqlens: Tensor, impl: str) -> Tensor:
     acc = torch.promote_types(values.dtype, torch.float32)
     return values.new_empty(cu_seqlens.shape[0] - 1, dtype=acc)
 
 
+@torch.library.impl(LIB, "segment_spread", "CompositeExplicitAutograd")
+def _segment_spread(
+    dsums: Tensor, cu_seqlens: Tensor, num_tokens: int, dtype: torch.dtype, impl: str
+) -> Tensor:
+    return _SEGMENT_SUM[impl][1](dsums, cu_seqlens, num_tokens, dtype)
+
+
+@torch.library.register_fake("bvpo::segment_spread", lib=LIB)
+def _segment_spread_fake(
+    dsums: Tensor, cu_seqlens: Tensor, num_tokens: int, dtype: torch.dtype, impl: str
+) -> Tensor:
+    return dsums.new_empty(num_tokens, dtype=dtype)
+
+
 def _segment_sum_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    values, cu_seqlens = inputs
+    values, cu_seqlens, ctx.impl = inputs
     ctx.num_tokens, ctx.dtype = values.shape[0], values.dtype
     ctx.save_for_backward(cu_seqlens)
 
 
 def _segment_sum_autograd(ctx: Any, dsums: Tensor) -> tuple:
-    """Each token receives its segment's gradient: a gather, no sum, hence exact."""
     (cu_seqlens,) = ctx.saved_tensors
-    if dsums.shape[0] == 0:
-        return dsums.new_zeros(ctx.num_tokens, dtype=ctx.dtype), None
-    position_T = torch.arange(ctx.num_tokens, device=dsums.device, dtype=cu_seqlens.dtype)
-    segment_T = torch.searchsorted(cu_seqlens[1:].contiguous(), position_T, right=True)
-    return dsums[segment_T].to(ctx.dtype), None
+    dvalues = torch.ops.bvpo.segment_spread(dsums, cu_seqlens, ctx.num_tokens, ctx.dtype, ctx.impl)
+    return dvalues, None, None
 
 
 torch.library.register_autograd(

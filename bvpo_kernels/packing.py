@@ -349,12 +349,16 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Te
     checks.cu_seqlens_form(cu_seqlens)
     if cu_seqlens.device != values.device:
         raise ValueError(f"cu_seqlens: expected device {values.device}, got {cu_seqlens.device}")
-    if backends.choose(impl, _no_segment_sum) == "reference":
+    device = values.device.type
+    chosen = backends.choose(impl, lambda name: _no_segment_sum(name, device))
+    if chosen == "reference":
         checks.cu_seqlens_values(cu_seqlens, values.shape[0])
         return reference_packing.segment_sum(values, cu_seqlens)
-    return torch.ops.bvpo.segment_sum(values, cu_seqlens)
+    return torch.ops.bvpo.segment_sum(values, cu_seqlens, chosen)
 
 
-def _no_segment_sum(backend: str) -> str:
+def _no_segment_sum(backend: str, device: str) -> str:
     """Why a backend that is installed cannot serve `segment_sum`; '' when it can."""
-    return "" if backend in ("reference", "eager") else "it has no kernel of segment_sum"
+    if backend == "triton" and device != "cuda" and not backends.INTERPRETED:
+        return f"it serves CUDA tensors, got {device}"
+    return "" if backend in ("reference", "eager", "triton") else "it has no kernel of segment_sum"

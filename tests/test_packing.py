@@ -9,13 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bvpo_kernels import PackedBatch, TokenPair, Unit, pack, plan_packs, segment_sum, unpack
+from bvpo_kernels import (
+    PackedBatch,
+    TokenPair,
+    Unit,
+    backends,
+    pack,
+    plan_packs,
+    segment_sum,
+    unpack,
+)
 from bvpo_kernels.packing import validate, validate_cu_seqlens
 from bvpo_kernels.testing import max_error, ulp
 from bvpo_kernels.types import EMPTY, IGNORE_INDEX, TRACE
 
 THREE_KINDS = (TRACE, EMPTY, "marginal")
-BACKENDS = ("reference", "eager")
+BACKENDS = ["reference", "eager"]
+if backends.INTERPRETED and not backends.MISSING["triton"]:
+    BACKENDS.append("triton")
 
 token_ids = st.lists(st.integers(0, 2**40), min_size=1, max_size=6).map(tuple)
 token_pairs = st.builds(TokenPair, token_ids, token_ids, token_ids)
@@ -351,11 +362,14 @@ def test_gradcheck(impl):
         assert torch.autograd.gradcheck(lambda v, b=bounds: segment_sum(v, b, impl=impl), values)
 
 
+@pytest.mark.parametrize("impl", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("bounds", [cu(0, 4, 4, 9), cu(0, 0, 9), cu(0, 9)])
-def test_opcheck(dtype, bounds):
+def test_opcheck(impl, dtype):
     values = torch.randn(9, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(torch.ops.bvpo.segment_sum, (values, bounds))
+    for bounds in (cu(0, 4, 4, 9), cu(0, 0, 9), cu(0, 9)):
+        torch.library.opcheck(torch.ops.bvpo.segment_sum, (values, bounds, impl))
+        dsums = torch.randn(bounds.shape[0] - 1)
+        torch.library.opcheck(torch.ops.bvpo.segment_spread, (dsums, bounds, 9, dtype, impl))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -382,8 +396,8 @@ def test_bad_arguments_of_segment_sum():
         segment_sum(torch.ones(1), cu(0, 1).to("meta"))
     with pytest.raises(ValueError, match=r"impl: expected 'auto' or one of .*got 'fast'"):
         segment_sum(torch.ones(1), cu(0, 1), impl="fast")
-    with pytest.raises(ValueError, match=r"'triton' cannot serve.*can: \['reference', 'eager'\]"):
-        segment_sum(torch.ones(1), cu(0, 1), impl="triton")
+    with pytest.raises(ValueError, match=r"'cpp' cannot serve.*can: \['reference', 'eager'"):
+        segment_sum(torch.ones(1), cu(0, 1), impl="cpp")
 
 
 @pytest.mark.gpu

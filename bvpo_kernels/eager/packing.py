@@ -17,3 +17,14 @@ def segment_sum(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
         values_T.to(torch.float64), "sum", offsets=cu_seqlens.to(torch.int64), initial=0.0
     )
     return sums.to(out_dtype)
+
+
+def segment_spread(
+    dsums_S: Tensor, cu_seqlens: Tensor, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """Each token receives its segment's gradient: a gather, no sum, hence exact."""
+    if dsums_S.shape[0] == 0:
+        return dsums_S.new_zeros(num_tokens, dtype=dtype)
+    position_T = torch.arange(num_tokens, device=dsums_S.device, dtype=cu_seqlens.dtype)
+    segment_T = torch.searchsorted(cu_seqlens[1:].contiguous(), position_T, right=True)
+    return dsums_S[segment_T].to(dtype)

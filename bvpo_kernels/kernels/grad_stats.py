@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bvpo_kernels.kernels.narrow import narrow
+
 # Elements per partial. Part of the result: partials are added in an order that depends on it alone.
 TILE = 1 << 16
 _BLOCK = 4096
@@ -38,7 +40,7 @@ def _pair_reduce_kernel(
         empty_B += g_empty * g_empty
         cross_B += g_trace * g_empty
         dweight += weight_trace * g_trace + weight_empty * g_empty
-        tl.store(dweight_ptr + index_B, dweight.to(dweight_ptr.dtype.element_ty), mask=mask_B)
+        tl.store(dweight_ptr + index_B, narrow(dweight, dweight_ptr.dtype.element_ty), mask=mask_B)
     partial = partials_ptr + 3 * tile
     tl.store(partial, tl.sum(trace_B, 0))
     tl.store(partial + 1, tl.sum(empty_B, 0))

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bvpo_kernels.kernels.configs import config
+from bvpo_kernels.kernels.narrow import narrow
 
 MAX, SUM, WEIGHTED, TARGET_Z, TARGET_SLOPE, RESCALE = range(6)
 STATE_ROWS = 6
@@ -150,7 +151,7 @@ def _forward_kernel(
             tl.debug_barrier()
             p_RB = p_ptr + row_R[:, None] * p_stride + column_B[None, :]
             mask_RB = inside_R[:, None] & (column_B < columns)[None, :]
-            tl.store(p_RB, p.to(p_ptr.dtype.element_ty), mask=mask_RB)
+            tl.store(p_RB, narrow(p, p_ptr.dtype.element_ty), mask=mask_RB)
 
 
 @triton.jit
@@ -186,7 +187,7 @@ def _backward_kernel(
         tl.debug_barrier()  # dz may lie over z, as p above
         dz_RB = dz_ptr + row_R[:, None] * dz_stride + column_B[None, :]
         stored_RB = inside_R[:, None] & in_tile_B[None, :]
-        tl.store(dz_RB, dz.to(dz_ptr.dtype.element_ty), mask=stored_RB)
+        tl.store(dz_RB, narrow(dz, dz_ptr.dtype.element_ty), mask=stored_RB)
 
 
 def new_state(num_rows: int, device: torch.device) -> Tensor:

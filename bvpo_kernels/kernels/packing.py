@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bvpo_kernels.kernels.configs import config
+from bvpo_kernels.kernels.narrow import narrow
 
 _BLOCK = 1024
 
@@ -29,7 +30,7 @@ def _segment_sum_kernel(values_ptr, bounds_ptr, sums_ptr, BLOCK: tl.constexpr):
         index_B = offset + lane_B
         total_B += tl.load(values_ptr + index_B, mask=index_B < end, other=0.0).to(tl.float64)
     total = tl.sum(total_B, 0)
-    tl.store(sums_ptr + segment, total.to(sums_ptr.dtype.element_ty))
+    tl.store(sums_ptr + segment, narrow(total, sums_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def _segment_spread_kernel(dsums_ptr, bounds_ptr, dvalues_ptr, BLOCK: tl.constex
     segment = tl.program_id(0)
     start = tl.load(bounds_ptr + segment).to(tl.int64)
     end = tl.load(bounds_ptr + segment + 1).to(tl.int64)
-    dsum = tl.load(dsums_ptr + segment).to(dvalues_ptr.dtype.element_ty)
+    dsum = narrow(tl.load(dsums_ptr + segment), dvalues_ptr.dtype.element_ty)
     lane_B = tl.arange(0, BLOCK)
     for offset in range(start, end, BLOCK):
         index_B = offset + lane_B
@@ -71,7 +72,7 @@ def _move_rows_kernel(
     value = tl.load(source_RB, mask=(index_R >= 0)[:, None] & inside_B[None, :], other=0.0)
     out_RB = out_ptr + out_R[:, None] * out_stride + column_B[None, :]
     mask_RB = written_R[:, None] & inside_B[None, :]
-    tl.store(out_RB, value.to(out_ptr.dtype.element_ty), mask=mask_RB)
+    tl.store(out_RB, narrow(value, out_ptr.dtype.element_ty), mask=mask_RB)
 
 
 def segment_sum(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -1,0 +1,265 @@
+"""What the oracle suite does not reach: the kernels alone, through the interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from logprob_cases import Case, compare, run
+
+from bvpo_kernels import backends
+from bvpo_kernels.eager.logprobs import Head, finish_rows
+from bvpo_kernels.testing import max_error
+
+if backends.MISSING["triton"]:
+    pytest.skip(backends.MISSING["triton"], allow_module_level=True)
+
+from bvpo_kernels.gpu import logprobs as schedule
+from bvpo_kernels.kernels import configs, grad_stats, logprobs, logprobs_gemm, packing
+
+DEVICE = "cpu" if backends.INTERPRETED else "cuda"
+
+
+def statistics(state, target_T, weight_VD):
+    """logp, lse and entropy from a state [6, rows]."""
+    head = Head(weight_VD, None, 1.0, None)
+    result = finish_rows(
+        torch.float32, target_T, head, state[logprobs.MAX], state[logprobs.SUM],
+        state[logprobs.TARGET_Z], state[logprobs.TARGET_SLOPE], state[logprobs.WEIGHTED], None,
+    )  # fmt: skip
+    return result.logprobs_T, result.max_T + result.logsum_T, result.entropy_T
+
+
+def oracle(z, target_T):
+    logp = torch.log_softmax(z.double(), -1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    chosen = logp.gather(1, target_T[:, None])[:, 0]
+    return chosen, z.double().logsumexp(-1), entropy
+
+
+def logits(rows=70, vocab=701, offset=0.0, scale=3.0):
+    """Rows and columns that no block divides; targets in the first, the last and other columns."""
+    z = torch.randn(rows, vocab, device=DEVICE) * scale + offset
+    target_T = torch.randint(vocab, (rows,), device=DEVICE)
+    target_T[:10:2], target_T[1:10:2] = 0, vocab - 1
+    return z, target_T
+
+
+@pytest.mark.parametrize("widths", [[701], [300, 401], [1, 256, 443, 1]])
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+def test_forward_rows_over_any_tiles(widths, offset):
+    z, target_T = logits(offset=offset)
+    state = logprobs.new_state(70, z.device)
+    count = torch.tensor([70], dtype=torch.int32, device=DEVICE)
+    start = 0
+    for width in widths:
+        tile = z[:, start : start + width].contiguous()
+        logprobs.forward_rows(tile, target_T, count, state, 0, start, entropy=True)
+        start += width
+    got = statistics(state, target_T, torch.zeros(701, 1))
+    for value, expected in zip(got, oracle(z, target_T), strict=True):
+        assert max_error(value, expected) <= 2e-6 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_p_and_dz_lie_over_the_products(dtype):
+    """In place in half precision: a block is written over what has been read already."""
+    z, target_T = logits(rows=66, vocab=640)
+    count = torch.tensor([60], dtype=torch.int32, device=DEVICE)
+    probabilities = torch.softmax(z.double(), -1)
+    one_hot = torch.nn.functional.one_hot(target_T, 640).bool()
+
+    over, state = z.clone(), logprobs.new_state(66, z.device)
+    p = schedule._over(over, dtype)
+    assert p.data_ptr() == over.data_ptr()
+    logprobs.forward_rows(over, target_T, count, state, 0, 0, p=p)
+    expected = torch.exp(z.double() - state[logprobs.MAX][:, None].double())
+    expected = expected.masked_fill(one_hot, 0)
+    expected[60:] = 0
+    assert max_error(p, expected) <= torch.finfo(dtype).eps
+
+    upstream = torch.randn(66, device=DEVICE)
+    upstream[3] = 0.0
+    logp, lse = oracle(z, target_T)[:2]
+    coefficient = (-torch.expm1(logp)).float() * upstream
+    over = z.clone()
+    dz = schedule._over(over, dtype)
+    logprobs.backward_rows(
+        over, dz, target_T, count, upstream, coefficient, torch.zeros_like(upstream), lse.float(),
+        0, 0,
+    )  # fmt: skip
+    expected = (one_hot.double() - probabilities) * upstream[:, None].double()
+    expected[60:] = 0
+    # exp of the difference of numbers near 10 loses their last digit.
+    assert max_error(dz, expected) <= torch.finfo(dtype).eps * 3 + 3e-6
+    assert dz[60:].abs().sum() == 0
+    assert dz[3].abs().sum() == 0
+
+
+def test_rows_behind_the_count_are_not_read():
+    z, target_T = logits(rows=40)
+    z[30:] = float("nan")
+    target_T[30:] = 10**9
+    state = logprobs.new_state(40, z.device)
+    count = torch.tensor([130], dtype=torch.int32, device=DEVICE)
+    logprobs.forward_rows(z, target_T, count, state, 100, 0)
+    assert not state.isnan().any()
+    assert torch.equal(state[:, 30:], logprobs.new_state(10, z.device))
+    got = statistics(state[:, :30], target_T[:30], torch.zeros(701, 1))[0]
+    assert max_error(got, oracle(z[:30], target_T[:30])[0]) < 5e-6
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(("tokens", "dim", "vocab"), [(37, 24, 301), (5, 72, 129), (33, 40, 128)])
+def test_fused_forward_on_ragged_tiles(monkeypatch, tma, tokens, dim, vocab):
+    """Tails of tokens, vocabulary and hidden size; groups of two token tiles; both ways to load."""
+    name = (
+        "interpreter" if backends.INTERPRETED else pytest.skip("configuration of the interpreter")
+    )
+    config = configs.CONFIGS[name]
+    shape = config.gemm_fp32._replace(tma=tma)
+    monkeypatch.setitem(configs.CONFIGS, name, config._replace(gemm_fp32=shape))
+    hidden, weight = torch.randn(tokens, dim), torch.randn(vocab, dim)
+    target_T = torch.randint(vocab, (tokens,))
+    target_T[0], target_T[-1] = 0, vocab - 1
+    state = logprobs.new_state(tokens, hidden.device)
+    count = torch.tensor([tokens - 2], dtype=torch.int32)
+    logprobs_gemm.fused_forward(hidden, weight, target_T, count, state, 0, entropy=True)
+    assert torch.equal(state[:, -2:], logprobs.new_state(2, hidden.device))
+    scored = slice(0, tokens - 2)
+    got = statistics(state[:, scored], target_T[scored], weight)
+    expected = oracle((hidden.double() @ weight.double().T)[scored], target_T[scored])
+    for value, wanted in zip(got, expected, strict=True):
+        assert max_error(value, wanted) <= 5e-6 * max(1.0, float(wanted.abs().max()))
+
+
+def test_a_refused_workspace_takes_the_fused_forward(monkeypatch):
+    calls = []
+    fused = logprobs_gemm.fused_forward
+    monkeypatch.setattr(
+        logprobs_gemm, "fused_forward", lambda *a, **k: (calls.append(1), fused(*a, **k))
+    )
+    case = Case(40, 16, 1500, ignored=0.0)
+    compare(case, "triton", (), workspace_bytes=1 << 14)
+    assert calls
+    calls.clear()
+    compare(case, "triton", ())
+    assert not calls
+
+
+def test_tile_fits_the_workspace():
+    for tokens, vocab, workspace in ((8192, 151936, 2**30), (100000, 50257, 2**27), (7, 33, 2**20)):
+        tile = schedule._tile(tokens, vocab, workspace, 4096 * 6, 4096 * 4)
+        used = tile.tokens * (tile.columns * 4 + 4096 * 6) + tile.columns * 4096 * 4
+        assert used <= workspace
+        assert tile.columns == vocab or tile.columns % schedule.COLUMN_STEP == 0
+    # One GEMM of useful width even where the workspace is small.
+    assert schedule._tile(8192, 151936, 2**27, 4096 * 2, 0).columns >= schedule.MIN_COLUMNS
+
+
+def test_near_certain_target_in_one_column_tile():
+    """The last tile is one column wide and is the target: nothing else is in it."""
+    case = Case(20, 8, 129, scale=2.0)
+    inputs = case.inputs()
+    inputs["target"][:] = 128
+    compare(case, "triton", ("hidden",), inputs=inputs, workspace_bytes=1 << 13)
+    compare(case, "triton", (), inputs=inputs, workspace_bytes=1 << 13)
+
+
+@pytest.mark.parametrize("pattern", ["none", "all", "first", "last", "random"])
+def test_compaction(pattern):
+    tokens = 2500  # more than two blocks
+    scored = {
+        "none": torch.zeros(tokens, dtype=torch.bool),
+        "all": torch.ones(tokens, dtype=torch.bool),
+        "first": torch.arange(tokens) == 0,
+        "last": torch.arange(tokens) == tokens - 1,
+        "random": torch.rand(tokens) < 0.6,
+    }[pattern].to(DEVICE)
+    position, index, count = packing.compact(scored)
+    expected = scored.nonzero()[:, 0]
+    assert count.tolist() == [len(expected)]
+    assert torch.equal(index[: len(expected)].long(), expected)
+    assert (index[len(expected) :] == -1).all()
+    assert torch.equal(position[scored].long(), torch.arange(len(expected), device=DEVICE))
+
+
+@pytest.mark.parametrize("columns", [1, 33, 1030])
+def test_rows_move_there_and_back(columns):
+    source = torch.randn(70, columns, device=DEVICE)
+    index = torch.full((70,), -1, dtype=torch.int32, device=DEVICE)
+    index[:50] = torch.randperm(70)[:50].to(DEVICE, torch.int32)
+    gathered = packing.gather_rows(source, index)
+    assert torch.equal(gathered[:50].nan_to_num(7.0), source[index[:50].long()].nan_to_num(7.0))
+    assert gathered[50:].abs().sum() == 0
+    out = torch.zeros(70, columns, dtype=torch.bfloat16, device=DEVICE)
+    packing.scatter_rows(gathered, index, out)
+    moved = torch.zeros(70, columns, device=DEVICE)
+    moved[index[:50].long()] = gathered[:50]
+    assert torch.equal(out.nan_to_num(7.0), moved.bfloat16().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (300, 437), (256, 256), (0, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pair_reduce(shape, dtype):
+    g_trace, g_empty = torch.randn(2, *shape, device=DEVICE)
+    dweight = torch.randn(shape, device=DEVICE).to(dtype)
+    weights = torch.tensor([0.3, 0.7], device=DEVICE)
+    expected = dweight.double() + 0.3 * g_trace.double() + 0.7 * g_empty.double()
+    partials = grad_stats.pair_reduce(g_trace, g_empty, weights, dweight)
+    assert partials.shape == (-(-g_trace.numel() // grad_stats.TILE), 3)
+    t, e = g_trace.double(), g_empty.double()
+    exact = torch.stack([(t * t).sum(), (e * e).sum(), (t * e).sum()])
+    assert max_error(partials.double().sum(0), exact) <= 1e-6 * max(1, g_trace.numel())
+    if g_trace.numel():
+        assert max_error(dweight, expected) <= torch.finfo(dtype).eps * float(expected.abs().max())
+    repeated = grad_stats.pair_reduce(g_trace, g_empty, weights, dweight.clone())
+    assert torch.equal(partials, repeated)
+
+
+def test_pair_reduce_rejects_strides():
+    tile = torch.zeros(4, 6, device=DEVICE)
+    with pytest.raises(
+        ValueError, match=r"g_empty: expected a contiguous tensor of shape \(4, 6\)"
+    ):
+        grad_stats.pair_reduce(tile, tile.T.contiguous().T, torch.ones(2, device=DEVICE), tile)
+
+
+def test_results_do_not_depend_on_what_memory_held(monkeypatch):
+    """Every buffer that a kernel leaves partly unwritten must never be read there."""
+    inputs = Case(50, 16, 400, torch.bfloat16).inputs()
+    needs = ((), ("hidden",), ("hidden", "weight"))
+    clean = [run(inputs, "triton", need, workspace_bytes=1 << 14) for need in needs]
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        poisoned = [run(inputs, "triton", need, workspace_bytes=1 << 14) for need in needs]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for before, after in zip(clean, poisoned, strict=True):
+        for name, value in before.items():
+            assert torch.equal(value, after[name]), name
+
+
+def test_triton_is_never_chosen_on_the_cpu():
+    assert backends.choose("auto", lambda name: "") in ("cpp", "eager") or DEVICE == "cuda"
+
+
+@pytest.mark.slow
+def test_ahead_of_time_compilation_reports_and_gates():
+    """One small kernel and one matrix kernel of the table that `make aot` prints in full."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bvpo_kernels.kernels.aot", "--arch", "90", "--only"]
+    table = subprocess.run(
+        [*command, "fused forward, bf16, odd D"], capture_output=True, text=True, env=environment
+    )
+    assert table.returncode == 0, table.stderr
+    assert "HGMMA" in table.stdout
+    from bvpo_kernels.kernels import aot
+
+    good = aot.Report("kernel", 90, 64, 0, 1024, "HGMMA", matrix=True)
+    assert good.failures() == []
+    assert good._replace(spills=4).failures() == ["4 bytes of spills"]
+    assert good._replace(shared=228 * 1024).failures()
+    assert good._replace(mma="").failures() == ["no tensor-core instruction"]
