@@ -1,0 +1,140 @@
+"""`python -m benchmarks.gpu --out DIR`: everything that needs a GPU, in one command.
+
+Builds csrc/cuda, runs the tests marked `gpu`, measures what this GPU can do at most (copy
+bandwidth, bf16 matmul), then the LM head at T = 8192 and 32 768, V = 151 936, D = 4096, 3584 and
+1536 (scores only, frozen, trained) and pair_reduce, beside the peers that are installed. Writes
+gpu-logprobs.csv, gpu-pair-reduce.csv, ceilings.csv, rates.csv and a figure of each group into DIR.
+Rows that are not installed, or do not fit in memory, are named in the tables.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jsonargparse import ArgumentParser
+from tabulate import tabulate
+
+ROOT = Path(__file__).parents[1]
+COPY_BYTES = 2**31
+MATMUL_SIZE = 8192
+CEILING_SECONDS = 0.5
+
+
+def why_no_gpu() -> str:
+    """Why nothing here can run; '' when it can."""
+    if torch.cuda.is_available():
+        return ""
+    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '(none)'}"
+    return f"no CUDA device is usable: {built}; run this on a machine with a GPU"
+
+
+def _best_seconds(call: Callable[[], object]) -> float:
+    """Fastest of repeated calls on the device clock; ceilings are what the chip can do."""
+    call()
+    best, deadline = float("inf"), time.monotonic() + CEILING_SECONDS
+    while time.monotonic() < deadline:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return best
+
+
+def measure_ceilings() -> dict[str, float]:
+    """Copy bandwidth in byte/s (read plus write) and the rate of a bf16 matmul in FLOP/s."""
+    source, target = torch.empty(2, COPY_BYTES, dtype=torch.uint8, device="cuda")
+    copy = 2 * COPY_BYTES / _best_seconds(lambda: target.copy_(source))
+    left, right = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16)
+    matmul = 2 * MATMUL_SIZE**3 / _best_seconds(lambda: left @ right)
+    return {"copy": copy, "matmul": matmul}
+
+
+def rates(frame: pd.DataFrame, ceilings: dict[str, float]) -> pd.DataFrame:
+    """Per timed case and row: milliseconds, rate, and the share of the measured ceiling."""
+    from benchmarks import gpu_groups, records
+    from benchmarks.registry import Case
+
+    lines = []
+    for (case, row), part in frame.groupby(["case", "row"], sort=False):
+        metrics, first = records.values(part), part.iloc[0]
+        if "time" not in metrics:
+            continue
+        shape, mode = records.shape_of(first["shape"]), first["mode"]
+        if mode == "pair_reduce":
+            work = gpu_groups.pair_reduce_bytes(Case(shape, first["dtype"]))
+            ceiling, unit = ceilings["copy"], "GB/s"
+        else:
+            work = gpu_groups.NEEDED_FLOPS[mode] * shape["T"] * shape["V"] * shape["D"]
+            ceiling, unit = ceilings["matmul"], "TFLOP/s"
+        rate = work / metrics["time"]
+        lines.append({
+            "case": case, "row": row, "ms": 1e3 * metrics["time"],
+            "rate": rate / (1e9 if unit == "GB/s" else 1e12), "unit": unit,
+            "share_of_ceiling": rate / ceiling, "extra_mib": metrics.get("peak_memory"),
+        })  # fmt: skip
+    columns = ["case", "row", "ms", "rate", "unit", "share_of_ceiling", "extra_mib"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def _run(*command: str) -> int:
+    return subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+
+
+def prepare(build: bool, tests: bool) -> None:
+    """Build the extensions and run the GPU tests, in processes of their own.
+
+    Raises:
+        RuntimeError: when either fails. A kernel that is wrong is not timed.
+    """
+    if build and _run("setup.py", "build_ext", "--inplace"):
+        raise RuntimeError("the extensions could not be built; --build false goes on without")
+    if tests and _run("-m", "pytest", "-q", "-m", "gpu", "tests"):
+        raise RuntimeError("tests marked gpu fail; --tests false measures all the same")
+
+
+def measure(out: Path, quick: bool) -> None:
+    """Time both groups, write CSV and PNG, and print the rates."""
+    # Imported here: the backends are looked for at import, after the build.
+    from benchmarks import gpu_groups, records, run
+
+    ceilings = measure_ceilings()
+    out.mkdir(parents=True, exist_ok=True)
+    where = records.environment(torch.get_num_threads())
+    pd.DataFrame([{**ceilings, **where}]).to_csv(out / "ceilings.csv", index=False)
+    print(f"copy {ceilings['copy'] / 1e9:.0f} GB/s, bf16 matmul "
+          f"{ceilings['matmul'] / 1e12:.0f} TFLOP/s on {where['gpu']}")  # fmt: skip
+    tokens = gpu_groups.TOKENS[:1] if quick else gpu_groups.TOKENS
+    sizes = gpu_groups.HIDDEN_SIZES[:1] if quick else gpu_groups.HIDDEN_SIZES
+    groups = (gpu_groups.head_group("cuda", tokens, sizes), gpu_groups.pair_reduce_group("cuda"))
+    frames = [records.read_csv(run.run_group(group, out=out)) for group in groups]
+    table = pd.concat([rates(frame, ceilings) for frame in frames])
+    table.to_csv(out / "rates.csv", index=False)
+    print(tabulate(table, headers="keys", showindex=False, floatfmt=".3g"))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--quick", action="store_true", help="T = 8192, D = 4096 only")
+    parser.add_argument("--build", type=bool, default=True, help="build the extensions first")
+    parser.add_argument("--tests", type=bool, default=True, help="run the GPU tests first")
+    options = parser.parse_args(args)
+    if reason := why_no_gpu():
+        print(f"benchmarks.gpu: {reason}", file=sys.stderr)
+        return 2
+    prepare(options.build, options.tests)
+    measure(options.out, options.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

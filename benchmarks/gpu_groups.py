@@ -1,0 +1,182 @@
+"""The groups that `benchmarks.gpu` measures: the LM head at GPU sizes, and `pair_reduce`.
+
+Not in `benchmarks/groups/`: `benchmarks.run` offers what any machine can run.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.groups import logprobs
+from benchmarks.groups.logprobs import Inputs, differentiate, naive
+from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row
+from bvpo_kernels import IGNORE_INDEX, linear_logprobs
+from bvpo_kernels.backends import MISSING
+
+TOKENS = (8192, 32_768)
+HIDDEN_SIZES = (4096, 3584, 1536)
+VOCAB = 151_936
+MODES = ("scores", "frozen", "trained")
+# Multiply-adds per T V D that a mode needs: what TFLOP/s are counted from. A recomputing backward
+# runs 8 where 6 are needed; recomputation is not credited.
+NEEDED_FLOPS = {"scores": 2, "frozen": 4, "trained": 6}
+GATE_ROW_STRIDE = 997
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs(tokens: int, dim: int, vocab: int, dtype: torch.dtype, device: str) -> Inputs:
+    """As `logprobs.make_inputs`, drawn on the device: at these sizes the host takes minutes."""
+    generator = torch.Generator(device).manual_seed(0)
+    on: dict[str, Any] = {"generator": generator, "device": device}
+    hidden_TD = torch.randn(tokens, dim, **on)
+    weight_VD = torch.randn(vocab, dim, **on) * logprobs.WEIGHT_STD
+    target_T = ((vocab + 1.0) ** torch.rand(tokens, **on) - 1).long().clamp_(0, vocab - 1)
+    gain_T = 1.5 * math.log(vocab) * torch.rand(tokens, **on)
+    towards_TD = weight_VD[target_T]
+    hidden_TD += gain_T[:, None] * towards_TD / towards_TD.square().sum(1, keepdim=True)
+    upstream_T = torch.randn(tokens, **on)
+    return Inputs(hidden_TD.to(dtype), weight_VD.to(dtype), target_T, upstream_T)
+
+
+def _head_inputs(case: Case) -> Inputs:
+    return _inputs(*(case.shape[key] for key in "TDV"), case.torch_dtype, case.device)
+
+
+def _row(name: str, forward: Callable[..., Tensor], missing: str = "") -> Row:
+    return Row(name, lambda case, inputs: differentiate(forward, case, inputs), lambda _: missing)
+
+
+def _torch_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    function = torch.nn.functional.linear_cross_entropy  # type: ignore[attr-defined]
+    return -function(hidden, weight, target, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def _head_rows() -> tuple[Row, ...]:
+    shared = {row.name: row for row in logprobs.GROUP.rows}
+    ours = [
+        _row(impl, functools.partial(linear_logprobs, impl=impl), MISSING[impl])
+        for impl in ("triton", "cuda")
+    ]
+    compiled = Row(
+        "torch.compile", lambda case, inputs: differentiate(torch.compile(naive), case, inputs),
+        predicted_bytes=shared["naive"].predicted_bytes,
+    )  # fmt: skip
+    present = hasattr(torch.nn.functional, "linear_cross_entropy")
+    theirs = _row("torch linear_cross_entropy", _torch_cross_entropy,
+                  "" if present else "this torch does not have it")  # fmt: skip
+    peers = [shared[name] for name in ("trl", "cce", "liger")]
+    return (shared["naive"], compiled, shared["eager"], *ours, theirs, *peers)
+
+
+def head_group(device: str, tokens: tuple[int, ...], hidden_sizes: tuple[int, ...]) -> Group:
+    """Log-probabilities and their gradients at the sizes that are trained."""
+    cases = tuple(
+        Case({"T": t, "D": d, "V": VOCAB}, "bfloat16", mode, device, rounds=3)
+        for t in tokens for d in hidden_sizes for mode in MODES
+    )  # fmt: skip
+    return Group(
+        name="gpu-logprobs", title="the LM head on a GPU", cases=cases, quick=cases[:3],
+        rows=_head_rows(), make_inputs=_head_inputs, gate=logprobs.gate, tiny=logprobs.tiny,
+    )  # fmt: skip
+
+
+class Gradients(NamedTuple):
+    trace: Tensor
+    empty: Tensor
+    weights: Tensor
+    dweight: Tensor
+
+
+@functools.lru_cache(maxsize=1)
+def _gradients(rows: int, dim: int, dtype: torch.dtype, device: str) -> Gradients:
+    generator = torch.Generator(device).manual_seed(0)
+    on: dict[str, Any] = {"generator": generator, "device": device}
+    trace, empty, dweight = (torch.randn(rows, dim, **on) for _ in range(3))
+    weights = torch.tensor([0.4, 0.6], device=device)
+    return Gradients(trace, empty, weights, dweight.to(dtype))
+
+
+def _gradient_inputs(case: Case) -> Gradients:
+    return _gradients(case.shape["V"], case.shape["D"], case.torch_dtype, case.device)
+
+
+def _naive_pair_reduce(trace: Tensor, empty: Tensor, weights: Tensor, dweight: Tensor) -> Tensor:
+    """Three reductions and two updates, each a pass of its own."""
+    dweight += weights[0] * trace + weights[1] * empty
+    products = (trace * trace, empty * empty, trace * empty)
+    return torch.stack([product.sum() for product in products])[None]
+
+
+def _make_pair_reduce(function: Callable[..., Tensor], case: Case, inputs: Gradients) -> Call:
+    dweight = inputs.dweight.clone()  # each call adds into it
+
+    def call() -> Outputs:
+        partials = function(inputs.trace, inputs.empty, inputs.weights, dweight)
+        return {"moments": partials.double().sum(0), "dweight": dweight}
+
+    return call
+
+
+def _pair_reduce(module: str) -> Callable[..., Tensor]:
+    def function(*tensors: Tensor) -> Tensor:
+        from bvpo_kernels.gpu import cuda_kernels  # needs triton
+        from bvpo_kernels.kernels import grad_stats
+
+        chosen = {"triton": grad_stats, "cuda": cuda_kernels}[module]
+        return chosen.pair_reduce(*tensors)
+
+    return function
+
+
+def _gradient_gate(case: Case, inputs: Gradients) -> Gate:
+    rows = slice(None, None, GATE_ROW_STRIDE)
+
+    def pick(outputs: Outputs) -> Outputs:
+        return {"moments": outputs["moments"], "dweight": outputs["dweight"][rows]}
+
+    def dot(left: Tensor, right: Tensor) -> Tensor:
+        parts = zip(left.split(4096), right.split(4096), strict=True)
+        return torch.stack([(a.double() * b.double()).sum() for a, b in parts]).sum()
+
+    trace, empty, weights, dweight = inputs
+    moments = torch.stack([dot(trace, trace), dot(empty, empty), dot(trace, empty)])
+    change = weights[0].double() * trace[rows].double() + weights[1].double() * empty[rows].double()
+    naive_call = _make_pair_reduce(_naive_pair_reduce, case, inputs)
+    return Gate(
+        inputs=inputs,
+        select=pick,
+        oracle={"moments": moments, "dweight": dweight[rows].double() + change},
+        baseline=pick(naive_call()),
+    )
+
+
+def pair_reduce_bytes(case: Case) -> int:
+    """Bytes that must move: G_t and G_e in fp32, dW in and out."""
+    return case.shape["V"] * case.shape["D"] * (8 + 2 * case.torch_dtype.itemsize)
+
+
+def pair_reduce_group(device: str, rows: int = VOCAB, dim: int = 4096) -> Group:
+    """Inner products of two weight gradients, and their weighted sum added to dW."""
+    cases = tuple(
+        Case({"V": rows, "D": dim}, dtype, "pair_reduce", device, rounds=7)
+        for dtype in ("bfloat16", "float32")
+    )
+    names = ("triton", "cuda")
+    ours = [
+        Row(name, functools.partial(_make_pair_reduce, _pair_reduce(name)),
+            functools.partial(lambda why, _: why, MISSING[name]))
+        for name in names
+    ]  # fmt: skip
+    baseline = Row("naive", functools.partial(_make_pair_reduce, _naive_pair_reduce))
+    return Group(
+        name="gpu-pair-reduce", title="pair_reduce on a GPU", cases=cases, quick=cases,
+        rows=(baseline, *ours), make_inputs=_gradient_inputs, gate=_gradient_gate,
+        tiny=lambda case: replace(case, shape={"V": 64, "D": 64}),
+    )  # fmt: skip
