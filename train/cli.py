@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, RunConfig]:
     if arguments and arguments[0].startswith("--print_config"):
         arguments = ["train", *arguments]  # the options are the same for every command
     parser = build_parser()
-    values = parser.instantiate_classes(parser.parse_args(arguments))
+    values = parser.instantiate(parser.parse_args(arguments))
     options: Namespace = values[values.command]
     del options["config"]
     return values.command, RunConfig(**vars(options))

@@ -13,6 +13,7 @@ from train.models import readable_errors
 from train.prompts import FREE_TEXT, Message
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+_QUANTITY = re.compile(rf"(?:{_NUMBER.pattern})\s+([A-Za-z]+)")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _ANSWER_LABEL = re.compile(r"answer(?: is)?\s*[:=]\s*", re.IGNORECASE)
@@ -28,9 +29,10 @@ def extract_final_answer(text: str, gold: str | None) -> str:
     """The part of an answer that a verifier compares with the gold answer.
 
     The first rule that applies: the last <answer>...</answer>; the last \\boxed{...}; the line
-    after the last "Answer:", in any case, "answer is:" included; the text itself. Then, for a
-    numeric gold answer, the last number in it, without thousands separators; otherwise markdown,
-    quotes and a final period are taken off.
+    after the last "Answer:", in any case, "answer is:" included; the text itself. In that, for a
+    gold answer that is a number, the last number, without thousands separators; for a number and a
+    unit, the last number with that unit; otherwise all of it, less markdown, quotes and a final
+    period.
     """
     tags, boxes = _ANSWER_TAG.findall(text), _BOXED.findall(text)
     labels = list(_ANSWER_LABEL.finditer(text))
@@ -43,8 +45,15 @@ def extract_final_answer(text: str, gold: str | None) -> str:
     if gold is not None and _NUMBER.fullmatch(gold.strip()):
         numbers = _NUMBER.findall(text)
         return numbers[-1].replace(",", "") if numbers else text.strip()
+    if gold is not None and (quantity := _QUANTITY.fullmatch(gold.strip())):
+        unit = quantity[1]
+        # A unit in the singular is the same one.
+        found = re.findall(rf"({_NUMBER.pattern})\s*{re.escape(unit.rstrip('s'))}s?\b", text)
+        if found:
+            return f"{found[-1]} {unit}"
     text = text.strip(_WRAPPING)
-    return text if gold is not None and gold.endswith(".") else text.removesuffix(".").rstrip()
+    keep_period = gold is not None and gold.endswith(".")
+    return text if keep_period else text.removesuffix(".").strip(_WRAPPING)
 
 
 def _matches(answer: str, entry: Mapping[str, Any]) -> float:

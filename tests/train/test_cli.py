@@ -1,0 +1,151 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from train import cli
+from train.config import ExampleConfig, RunConfig
+
+
+def exit_code(*arguments) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(list(arguments))
+    return caught.value.code
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Commands that were run, in place of running them."""
+    ran = []
+
+    class Module:
+        def __init__(self, name):
+            self.run = lambda cfg: ran.append((name, cfg))
+
+    monkeypatch.setattr(cli.importlib, "import_module", Module)
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("sample", "train.sample"),
+        ("rank", "train.rank"),
+        ("cache-ref", "train.reference"),
+        ("train", "train.loop"),
+    ],
+)
+def test_each_command_runs_its_module(calls, command, module):
+    assert cli.main([command]) == 0
+    assert calls == [(module, RunConfig())]
+
+
+def test_file_then_flags(calls, tmp_path):
+    config = {
+        "seed": 3,
+        "model": {"name": "x", "param_dtype": "bfloat16"},
+        "prompts": {"tasks": {"chain_sum": {"max_terms": 2}}},
+        "sample": {"examples": [{"question": "q", "trace": "t", "answer": "a"}]},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    options = ["--model.name", "y", "--optim.betas", "[0.8, 0.9]", "--train.max_steps=7"]
+    assert cli.main(["train", "--config", str(tmp_path / "c.yaml"), *options]) == 0
+    ((_, cfg),) = calls
+    expected = RunConfig(seed=3)
+    expected.model.name, expected.model.param_dtype = "y", "bfloat16"
+    expected.prompts.tasks = {"chain_sum": {"max_terms": 2}}
+    expected.sample.examples = [ExampleConfig("q", "t", "a")]
+    expected.optim.betas, expected.train.max_steps = (0.8, 0.9), 7
+    assert cfg == expected
+
+
+@pytest.mark.parametrize("arguments", [["--print_config"], ["rank", "--print_config"]])
+def test_print_config_is_a_config_file(capsys, tmp_path, arguments):
+    assert exit_code(*arguments) == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert cli.parse(["rank", "--config", str(path)]) == ("rank", RunConfig())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_help(capsys, arguments):
+    assert exit_code(*arguments) == 0
+    assert "usage: python -m train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "command"),
+        (["fly"], "fly"),
+        (["train", "--config", "no_such.yaml"], "no_such.yaml"),
+        (["train", "--model.nam", "x"], "--model.nam"),
+        (["train", "--model.param_dtype", "int8"], "model.param_dtype"),
+        (["train", "--train.epochs", "many"], "train.epochs"),
+    ],
+)
+def test_malformed_command_lines(capsys, arguments, message):
+    assert exit_code(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) <= 6
+
+
+def test_unknown_key_in_a_file(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {nmae: x}\n")
+    assert exit_code("train", "--config", str(tmp_path / "c.yaml")) == 2
+    assert "nmae" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, FileNotFoundError])
+def test_user_errors_are_one_line(calls, capsys, monkeypatch, error):
+    def fail(cfg):
+        raise error("pairs.jsonl:3: expected this,\n   got that")
+
+    module = type("Module", (), {"run": staticmethod(fail)})
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+    assert cli.main(["rank"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("rank: error: pairs.jsonl:3: expected this, got that")
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    with pytest.raises(error):
+        cli.main(["rank"])
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def fail(cfg):
+        raise RuntimeError("a bug")
+
+    module = type("Module", (), {"run": staticmethod(fail)})
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["rank"])
+
+
+def test_help_does_not_wait_for_the_heavy_imports():
+    code = (
+        "import sys\nfrom train.cli import parse\n"
+        "try:\n    parse(['train', '--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--train.pairs" in done.stdout
+
+
+def test_the_module_is_runnable(tmp_path):
+    command = [sys.executable, "-m", "train", "rank", "--run_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "responses.jsonl: no such file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["pairs", "demo"])
+def test_presets_parse(name):
+    command, cfg = cli.parse(["train", "--config", f"train/presets/{name}.yaml"])
+    assert command == "train"
+    assert cfg != RunConfig()

@@ -1,0 +1,135 @@
+import pytest
+from tiny_chat import write_lines
+
+from bvpo_kernels.types import EMPTY, TRACE, TokenPair, Unit
+from train.pairs import data_fingerprint, load_pairs, split_holdout, write_pairs
+
+
+def pair(prompt=(5, 6), chosen=(7, 2), rejected=(8, 9, 2), rewards=(1.0, 0.0)):
+    return {
+        "prompt_ids": list(prompt), "chosen_ids": list(chosen), "rejected_ids": list(rejected),
+        "chosen_reward": rewards[0], "rejected_reward": rewards[1],
+    }  # fmt: skip
+
+
+def unit(name="u0", **pairs):
+    return {"unit_id": name, "prompt_id": name, "pairs": pairs or {TRACE: [pair()]}}
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    records = [
+        unit("a", trace=[pair(), pair(chosen=(3,))], empty=[pair(prompt=(5, 6, 1))]),
+        unit("b", empty=[pair()]),
+    ]
+    write_pairs(path, records, {"seed": 3})
+    loaded = load_pairs(path)
+    assert loaded.units == (
+        Unit("a", {
+            TRACE: (TokenPair((5, 6), (7, 2), (8, 9, 2)), TokenPair((5, 6), (3,), (8, 9, 2))),
+            EMPTY: (TokenPair((5, 6, 1), (7, 2), (8, 9, 2)),),
+        }),
+        Unit("b", {EMPTY: (TokenPair((5, 6), (7, 2), (8, 9, 2)),)}),
+    )  # fmt: skip
+    assert loaded.meta == {"seed": 3, "fingerprint": data_fingerprint(loaded.units)}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs.jsonl", "pairs.meta.json"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, [unit()], {})
+    before = path.read_bytes()
+
+    def broken():
+        yield unit("other")
+        raise RuntimeError("out of tokens")
+
+    with pytest.raises(RuntimeError, match="out of tokens"):
+        write_pairs(path, broken(), {})
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def with_pair(**changes):
+    return unit(trace=[{**pair(), **changes}])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"pairs": {TRACE: [pair()]}}, "unit_id: expected a text, got None"),
+        (unit("u0"), "unit_id: expected a new one, got 'u0' again"),
+        ({"unit_id": "x", "pairs": []}, "pairs: expected an object .* got list"),
+        (unit("x", marginal=[pair()]), r"pairs: expected .* got \['marginal'\]"),
+        (unit("x", trace={}), r"pairs\.trace: expected a list"),
+        (unit("x", trace=[], empty=[]), "expected at least one pair"),
+        (unit("x", trace=[pair(), 3]), r"pairs\.trace\[1\]: expected an object"),
+        (with_pair(prompt_ids=[]), r"pairs\.trace\[0\]\.prompt_ids: expected a non-empty list"),
+        (with_pair(chosen_ids=None), r"chosen_ids: expected a non-empty list"),
+        (with_pair(chosen_ids=[1, -2]), r"chosen_ids: expected .* token ids"),
+        (with_pair(rejected_ids=[1, 2.0]), r"rejected_ids: expected .* token ids"),
+        (with_pair(rejected_ids=[True]), r"rejected_ids: expected .* token ids"),
+        (with_pair(rejected_ids=[7, 2]), "expected different responses"),
+        (with_pair(chosen_reward=float("nan")), "chosen_reward: expected a finite number"),
+    ],
+)
+def test_malformed_units_name_file_and_line(tmp_path, record, message):
+    path = write_lines(tmp_path / "bad.jsonl", [unit("u0"), unit("u1"), record])
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:3: .*{message}"):
+        load_pairs(path)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        load_pairs(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl: expected at least one unit"):
+        load_pairs(tmp_path / "empty.jsonl")
+    path = write_lines(tmp_path / "cut.jsonl", [unit()])
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"cut\.jsonl:1"):
+        load_pairs(path)
+
+
+def make_units(count):
+    return [Unit(f"u{i}", {TRACE: (TokenPair((1,), (i, 1), (i, 2)),)}) for i in range(count)]
+
+
+def test_holdout_is_a_partition_that_ignores_the_order_of_the_file():
+    units = make_units(50)
+    training, held = split_holdout(units, 0.2, seed=1)
+    assert len(held) == 10
+    assert {u.unit_id for u in training} | {u.unit_id for u in held} == {f"u{i}" for i in range(50)}
+    assert len(training) == 40
+    shuffled = split_holdout(units[::-1], 0.2, seed=1)
+    assert {u.unit_id for u in shuffled[1]} == {u.unit_id for u in held}
+    # Fixed for good: a resumed run, on any machine, must hold out the same units.
+    assert sorted(u.unit_id for u in split_holdout(make_units(8), 0.25, seed=0)[1]) == ["u0", "u6"]
+    assert {u.unit_id for u in split_holdout(units, 0.2, seed=2)[1]} != {u.unit_id for u in held}
+
+
+def test_holdout_shares():
+    assert split_holdout(make_units(5), 0.0, 0)[1] == []
+    assert len(split_holdout(make_units(5), 0.01, 0)[1]) == 1
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=rf"train\.holdout: expected .*, got {share}"):
+            split_holdout(make_units(5), share, 0)
+    with pytest.raises(ValueError, match=r"train\.holdout: expected units to train on"):
+        split_holdout(make_units(1), 0.5, 0)
+
+
+def test_fingerprint_covers_every_id():
+    base = Unit("u", {TRACE: (TokenPair((1, 2), (3,), (4,)),)})
+    others = [
+        Unit("v", base.pairs),
+        Unit("u", {EMPTY: base.pairs[TRACE]}),
+        *(
+            Unit("u", {TRACE: (TokenPair(*ids),)})
+            # The last one holds the same ids in the same order with another boundary.
+            for ids in [((9, 2), (3,), (4,)), ((1, 2), (9,), (4,)), ((1, 2), (3,), (9,)),
+                        ((1,), (2, 3), (4,))]
+        ),
+    ]  # fmt: skip
+    prints = {data_fingerprint([u]) for u in [base, *others]}
+    assert len(prints) == 1 + len(others)
+    assert data_fingerprint([base]) == data_fingerprint([Unit("u", dict(base.pairs))])
