@@ -1,0 +1,192 @@
+// Row passes over a tile of logits [rows, columns] in fp32, the products h W^T: the CUDA twins of
+// bvpo_kernels/kernels/logprobs.py, whose comments hold here. One block walks a row at a time; the
+// grid is persistent.
+#pragma once
+
+#include <cstdint>
+
+#include "vec.cuh"
+
+namespace bvpo::cuda {
+
+constexpr int kRowThreads = 256;
+constexpr int kStep = kRowThreads * kPerThread;
+// Stands for -inf where -inf - -inf would be NaN.
+constexpr float kLowest = -3.0e38f;
+enum StateRow { kMax, kSum, kWeighted, kTargetZ, kTargetSlope, kRescale };
+
+struct Transform {
+  const float* bias;  // [V] or null
+  float softcap;      // 0: none
+  float inv_temperature;
+
+  __device__ float logit(float z, int column, float* slope) const {
+    if (bias != nullptr) z += bias[column];
+    *slope = 1.0f;
+    if (softcap != 0.0f) {
+      const float tanh = tanhf(z / softcap);
+      *slope = (1.0f - tanh) * (1.0f + tanh);
+      z = softcap * tanh;
+    }
+    return z * inv_temperature;
+  }
+};
+
+struct Tile {
+  const float* z;
+  int64_t stride;
+  int rows;
+  int columns;
+  int column_start;
+  int row_start;
+
+  // The target's column inside the tile, -1 where it lies elsewhere.
+  __device__ int local(int64_t target) const {
+    const int64_t column = target - column_start;
+    return column >= 0 && column < columns ? static_cast<int>(column) : -1;
+  }
+};
+
+struct Softmax {
+  float max = kLowest;
+  float sum = 0.0f;
+  float weighted = 0.0f;
+
+  // One exp per logit: it rescales either what was summed or what comes in.
+  template <bool kEntropy>
+  __device__ void add(float z) {
+    const float distance = -fabsf(z - max);
+    const float e = __expf(distance);
+    if (z > max) {
+      if (kEntropy) weighted = e * (weighted + distance * sum);
+      sum = sum * e + 1.0f;
+      max = z;
+    } else {
+      if (kEntropy) weighted += e * distance;
+      sum += e;
+    }
+  }
+};
+
+// Merge a tile's statistics into the row's state; returns the new maximum. One thread writes.
+template <bool kEntropy>
+__device__ float fold(const Softmax& tile, float* state, int64_t stride) {
+  const float old_max = fmaxf(state[kMax * stride], kLowest), old_sum = state[kSum * stride];
+  const float old_weighted = state[kWeighted * stride];
+  const float max = fmaxf(old_max, tile.max);
+  const float keep = __expf(old_max - max), scale = __expf(tile.max - max);
+  const float sum = old_sum * keep + tile.sum * scale;
+  __syncthreads();  // every thread has read the old state
+  if (threadIdx.x == 0) {
+    state[kMax * stride] = sum > 0.0f ? max : -INFINITY;
+    state[kSum * stride] = sum;
+    state[kRescale * stride] = keep;
+    if (kEntropy) {
+      state[kWeighted * stride] = keep * (old_weighted + (old_max - max) * old_sum) +
+                                  scale * (tile.weighted + (tile.max - max) * tile.sum);
+    }
+  }
+  return max;
+}
+
+// p may lie over z with rows of the same start: a step is read whole before it is written.
+template <typename Out, bool kVector>
+__device__ void write_p(const Tile& tile, const float* z, Out* p, const Transform& transform,
+                        bool scored, int target, float max) {
+  for (int step = 0; step < tile.columns; step += kStep) {
+    const int first = step + static_cast<int>(threadIdx.x) * kPerThread;
+    float value[kPerThread];
+    load8<kVector>(z + first, scored ? tile.columns - first : 0, value);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int column = first + i;
+      const bool kept = scored && column < tile.columns && column != target;
+      float slope = 0.0f;
+      const float logit = kept ? transform.logit(value[i], tile.column_start + column, &slope) : 0;
+      value[i] = kept ? __expf(logit - max) * slope : 0.0f;
+    }
+    store8<kVector>(p + first, tile.columns - first, value);
+  }
+}
+
+template <typename Out, bool kEntropy, bool kVector>
+__global__ void __launch_bounds__(kRowThreads) forward_kernel(
+    Tile tile, Out* p, int64_t p_stride, Transform transform, const int64_t* targets,
+    const int32_t* count, float* state, int64_t state_stride) {
+  __shared__ float scratch[kRowThreads / kWarp];
+  for (int64_t row = blockIdx.x; row < tile.rows; row += gridDim.x) {
+    const bool scored = tile.row_start + row < *count;
+    const float* z = tile.z + row * tile.stride;
+    const int target = scored ? tile.local(targets[row]) : -1;
+    float max = 0.0f;
+    if (scored) {
+      Softmax lane;
+      for (int first = threadIdx.x * kPerThread; first < tile.columns; first += kStep) {
+        float value[kPerThread], slope;
+        load8<kVector>(z + first, tile.columns - first, value);
+#pragma unroll
+        for (int i = 0; i < kPerThread; ++i) {
+          const int column = first + i;
+          if (column >= tile.columns || column == target) continue;
+          lane.add<kEntropy>(transform.logit(value[i], tile.column_start + column, &slope));
+        }
+      }
+      Softmax block;
+      block.max = block_reduce<true>(lane.max, scratch);
+      const float distance = lane.max - block.max, scale = __expf(distance);
+      block.sum = block_reduce<false>(lane.sum * scale, scratch);
+      if (kEntropy) {
+        const float moved = scale * (lane.weighted + distance * lane.sum);
+        block.weighted = block_reduce<false>(moved, scratch);
+      }
+      max = fold<kEntropy>(block, state + row, state_stride);
+      if (threadIdx.x == 0 && target >= 0) {
+        float slope;
+        const float logit = transform.logit(z[target], tile.column_start + target, &slope);
+        state[kTargetZ * state_stride + row] = logit;
+        state[kTargetSlope * state_stride + row] = slope;
+      }
+      __syncthreads();  // z[target] is read before p may overwrite it
+    }
+    if (p != nullptr) {
+      write_p<Out, kVector>(tile, z, p + row * p_stride, transform, scored, target, max);
+      __syncthreads();
+    }
+  }
+}
+
+template <typename Out, bool kVector>
+__global__ void __launch_bounds__(kRowThreads) backward_kernel(
+    Tile tile, Out* dz, int64_t dz_stride, Transform transform, const int64_t* targets,
+    const int32_t* count, const float* upstream, const float* coefficient, const float* max,
+    const float* logsum) {
+  for (int64_t row = blockIdx.x; row < tile.rows; row += gridDim.x) {
+    const bool used = tile.row_start + row < *count && upstream[row] != 0.0f;
+    const int target = used ? tile.local(targets[row]) : -1;
+    const float row_max = used ? max[row] : 0.0f, row_logsum = used ? logsum[row] : 0.0f;
+    const float scale = used ? -upstream[row] : 0.0f, at_target = used ? coefficient[row] : 0.0f;
+    const float* z = tile.z + row * tile.stride;
+    Out* out = dz + row * dz_stride;
+    for (int step = 0; step < tile.columns; step += kStep) {
+      const int first = step + static_cast<int>(threadIdx.x) * kPerThread;
+      float value[kPerThread];
+      load8<kVector>(z + first, used ? tile.columns - first : 0, value);
+      __syncthreads();  // dz may lie over z, as p above
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        const int column = first + i;
+        float slope = 0.0f, gradient = 0.0f;
+        if (used && column < tile.columns) {
+          const float logit = transform.logit(value[i], tile.column_start + column, &slope);
+          // The maximum first: an offset common to all logits must not eat the fraction.
+          gradient = column == target ? at_target : scale * __expf((logit - row_max) - row_logsum);
+        }
+        value[i] = gradient * slope;
+      }
+      store8<kVector>(out + first, tile.columns - first, value);
+    }
+  }
+}
+
+}  // namespace bvpo::cuda

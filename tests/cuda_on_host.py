@@ -1,0 +1,81 @@
+"""csrc/cuda's kernels compiled for the host (tests/cuda_host), with their launchers' arguments."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bvpo_kernels.kernels.grad_stats import TILE
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which("g++")
+GRID = 3  # fewer blocks than rows: the grid is persistent
+
+
+@functools.cache
+def _library():
+    folder = tempfile.mkdtemp()
+    here = ROOT / "tests" / "cuda_host"
+    library = f"{folder}/kernels.so"
+    subprocess.run(
+        [COMPILER, "-O2", "-std=c++20", "-pthread", "-shared", "-fPIC", "-Wno-unknown-pragmas",
+         f"-I{here}", f"-I{ROOT / 'csrc' / 'cuda'}", "-o", library, str(here / "kernels.cpp")],
+        check=True,
+    )  # fmt: skip
+    loaded = ctypes.CDLL(library)
+    shutil.rmtree(folder)
+    return loaded
+
+
+def _convert(value):
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
+
+
+def _call(name, *values):
+    getattr(_library(), name)(*map(_convert, values))
+
+
+def _aligned(*matrices):
+    return all(
+        m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices
+    )
+
+
+def _half(tensor):
+    assert tensor.dtype in (torch.float32, torch.bfloat16)
+    return int(tensor.dtype == torch.bfloat16)
+
+
+def forward_rows(z, target_T, count, state, row_start, column_start, *, bias_V=None, softcap=None,
+                 temperature=1.0, entropy=False, p=None):  # fmt: skip
+    del entropy  # always formed here
+    out = z if p is None else p
+    _call(
+        "rows_forward", z, z.stride(0), *z.shape, column_start, row_start, p, _half(out),
+        out.stride(0), bias_V, softcap or 0.0, 1.0 / temperature, target_T, count, state,
+        state.stride(0), int(_aligned(z, out)), GRID,
+    )  # fmt: skip
+
+
+def backward_rows(z, dz, target_T, count, upstream_T, coefficient_T, max_T, logsum_T, row_start,
+                  column_start, *, bias_V=None, softcap=None, temperature=1.0):  # fmt: skip
+    _call(
+        "rows_backward", z, z.stride(0), *z.shape, column_start, row_start, dz, _half(dz),
+        dz.stride(0), bias_V, softcap or 0.0, 1.0 / temperature, target_T, count, upstream_T,
+        coefficient_T, max_T, logsum_T, int(_aligned(z, dz)), GRID,
+    )  # fmt: skip
+
+
+def pair_reduce(g_trace, g_empty, weights, dweight):
+    partials = torch.empty(-(-dweight.numel() // TILE), 3)
+    _call("pair_reduce", g_trace, g_empty, weights, dweight, _half(dweight), partials,
+          dweight.numel(), GRID)  # fmt: skip
+    return partials
