@@ -26,6 +26,8 @@ LEANS_ELSEWHERE = 0.3
 # Tokens and the stride of vocabulary rows that the gate looks at: enough tokens that a dW which is
 # accumulated in half precision shows, and a prime stride, which meets every column of a tile.
 GATE_TOKENS = 256
+# Tokens of a product of the bare GEMM: its logits stay within memory.
+GEMM_TOKENS = 2048
 # Tokens whose fp64 logits are in memory at once.
 ORACLE_CHUNK = 64
 GATE_VOCAB_STRIDE = 37
@@ -122,12 +124,41 @@ def trl_style(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return torch.cat(parts).where(scored, 0.0)
 
 
+def _cuda_peer(package: str, module: str) -> Callable[[Case], str]:
+    """Why a peer made of GPU kernels cannot run."""
+
+    def missing(case: Case) -> str:
+        needs = "" if case.device.startswith("cuda") else f"{package} needs a CUDA device"
+        return why_not(package, module) or needs
+
+    return missing
+
+
 def _ours(impl: str) -> Row:
     def forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return linear_logprobs(hidden, weight, target, impl=impl)
 
     return Row(impl, lambda case, inputs: differentiate(forward, case, inputs),
                missing=lambda case: MISSING[impl])  # fmt: skip
+
+
+def _make_gemm(case: Case, inputs: Inputs) -> Call:
+    """The products of the textbook path alone, into memory that is there: 2, 4 or 6 TVD FLOPs."""
+    hidden, weight = inputs.hidden_TD, inputs.weight_VD
+    logits = hidden.new_zeros(min(len(hidden), GEMM_TOKENS), len(weight))
+    dhidden, dweight = torch.zeros_like(hidden), torch.zeros_like(weight)
+
+    def call() -> Outputs:
+        with torch.no_grad():
+            for rows in hidden.split(GEMM_TOKENS):
+                tile = torch.mm(rows, weight.T, out=logits[: len(rows)])
+                if case.mode != "scores":
+                    torch.mm(tile, weight, out=dhidden[: len(rows)])
+                if case.mode == "trained":
+                    torch.mm(tile.T, rows, out=dweight)
+        return {}
+
+    return call
 
 
 def _make_trl(case: Case, inputs: Inputs) -> Call:
@@ -145,10 +176,13 @@ def _make_trl(case: Case, inputs: Inputs) -> Call:
 def _make_cce(case: Case, inputs: Inputs) -> Call:
     from cut_cross_entropy import linear_cross_entropy
 
+    kernel = "cce" if case.device == "cuda" else "torch_compile"  # its kernels are Triton's
+
     def forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return -linear_cross_entropy(
-            hidden, weight, target, ignore_index=IGNORE_INDEX, reduction="none"
-        )
+            hidden, weight, target, ignore_index=IGNORE_INDEX, reduction="none",
+            impl=kernel,
+        )  # fmt: skip
 
     return differentiate(forward, case, inputs)
 
@@ -212,7 +246,7 @@ def gate(case: Case, inputs: Inputs) -> Gate:
 
     def pick(outputs: Outputs, rows: Tensor | slice) -> Outputs:
         by_token = [name for name in ("logprobs", "dhidden") if name in outputs]
-        picked = {name: outputs[name][rows] for name in by_token}
+        picked: Outputs = {name: outputs[name][rows] for name in by_token}
         if "dweight" in outputs:
             picked["dweight"] = outputs["dweight"][hit_rows]
             picked["dweight_rest"] = outputs["dweight"][rest_rows]
@@ -281,9 +315,10 @@ GROUP = Group(
             predicted_bytes=_trl_bytes),
         _ours("eager"),
         _ours("cpp"),
+        Row("bare GEMM", _make_gemm, yardstick="the products of the textbook path"),
         Row("trl", _make_trl, lambda _: why_not("trl", "trl.trainer.utils"), _trl_bytes),
-        Row("cce", _make_cce, lambda _: why_not("cut-cross-entropy", "cut_cross_entropy")),
-        Row("liger", _make_liger, lambda _: why_not("liger-kernel", LIGER)),
+        Row("cce", _make_cce, _cuda_peer("cut-cross-entropy", "cut_cross_entropy")),
+        Row("liger", _make_liger, _cuda_peer("liger-kernel", LIGER)),
     ),
     make_inputs=make_inputs,
     gate=gate,
