@@ -56,10 +56,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_pairs(path: Path, records: Iterable[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
-    """Write the lines, then the sidecar with the fingerprint of what was written; both atomic."""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    replace_file(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
-    write_json(meta_path(path), {**meta, "fingerprint": data_fingerprint(load_pairs(path).units)})
+    """Check the units, write them, then the sidecar with their fingerprint; both atomic.
+
+    Raises:
+        ValueError: for a malformed unit, as `load_pairs`; nothing is written then.
+    """
+    lines = [json.dumps(record) + "\n" for record in records]
+    units = _units((f"{path}:{n}", json.loads(line)) for n, line in enumerate(lines, start=1))
+    text = "".join(lines)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(meta_path(path), {**meta, "fingerprint": data_fingerprint(units)})
 
 
 def load_pairs(path: str | Path) -> PairSet:
@@ -67,22 +73,32 @@ def load_pairs(path: str | Path) -> PairSet:
 
     Raises:
         ValueError: naming file and line, for what is not a unit of at least one pair, an id that is
-            no token id, an empty sequence, equal responses, or a unit_id that occurs twice; or
-            for a file without units.
+            no token id, an empty sequence, equal responses, or a unit_id that occurs twice; for a
+            file without units; for a sidecar whose fingerprint is that of other units.
         FileNotFoundError: for a missing file.
     """
     path = Path(path)
-    units: dict[str, Unit] = {}
-    for where, record in read_jsonl(path):
-        unit = _unit(record, where)
-        if unit.unit_id in units:
-            raise ValueError(f"{where}: unit_id: expected a new one, got {unit.unit_id!r} again")
-        units[unit.unit_id] = unit
+    units = _units(read_jsonl(path))
     if not units:
         raise ValueError(f"{path}: expected at least one unit, got an empty file")
     sidecar = meta_path(path)
     meta = parse_object(sidecar.read_bytes(), str(sidecar)) if sidecar.is_file() else {}
-    return PairSet(tuple(units.values()), meta)
+    if meta.get("fingerprint", fingerprint := data_fingerprint(units)) != fingerprint:
+        raise ValueError(
+            f"{sidecar}: fingerprint: expected {fingerprint}, that of {path.name}, got "
+            f"{meta['fingerprint']}; rank again, or remove the sidecar"
+        )
+    return PairSet(units, meta)
+
+
+def _units(records: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Unit, ...]:
+    units: dict[str, Unit] = {}
+    for where, record in records:
+        unit = _unit(record, where)
+        if unit.unit_id in units:
+            raise ValueError(f"{where}: unit_id: expected a new one, got {unit.unit_id!r} again")
+        units[unit.unit_id] = unit
+    return tuple(units.values())
 
 
 def _unit(record: Mapping[str, Any], where: str) -> Unit:

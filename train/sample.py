@@ -72,22 +72,29 @@ def check_settings(current: Mapping[str, Any], path: Path) -> None:
 def read_responses(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", record) of each complete line.
 
-    The last line may lack its end, when the writer was killed: it is left out.
+    The last line may lack its end, when the writer was killed: it is left out, with a message.
 
     Raises:
-        ValueError: naming file and line, for any other malformed line.
+        ValueError: naming file and line, for any other malformed line or a repeated prompt.
         FileNotFoundError: for a missing file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run `sample` first")
+    seen: set[str] = set()
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
             where = f"{path}:{number}"
+            if not line.endswith(b"\n"):
+                tqdm.write(f"{where}: this last line is incomplete and left out")
+                return
             record = parse_object(line, where)
             if not {"prompt_id", "messages", "task", "modes"} <= record.keys():
                 raise ValueError(f"{where}: expected a line of responses, got {sorted(record)}")
+            if record["prompt_id"] in seen:
+                raise ValueError(
+                    f"{where}: expected a new prompt, got {record['prompt_id']!r} again"
+                )
+            seen.add(record["prompt_id"])
             yield where, record
 
 

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 from tiny_chat import write_lines
 
 from bvpo_kernels.types import EMPTY, TRACE, TokenPair, Unit
-from train.pairs import data_fingerprint, load_pairs, split_holdout, write_pairs
+from train.config import TrainConfig
+from train.pairs import data_fingerprint, load_pairs, meta_path, split_holdout, write_pairs
 
 
 def pair(prompt=(5, 6), chosen=(7, 2), rejected=(8, 9, 2), rewards=(1.0, 0.0)):
@@ -89,6 +92,40 @@ def test_unreadable_files(tmp_path):
     path.write_text(path.read_text()[:-9])
     with pytest.raises(ValueError, match=r"cut\.jsonl:1"):
         load_pairs(path)
+
+
+def test_nothing_is_written_for_a_malformed_unit(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: .*expected different responses"):
+        write_pairs(path, [unit("a"), {**with_pair(rejected_ids=[7, 2]), "unit_id": "b"}], {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sidecar_of_other_units_is_refused(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, [unit("a"), unit("b")], {})
+    write_lines(path, [unit("a")])
+    with pytest.raises(ValueError, match=r"pairs\.meta\.json: fingerprint: expected"):
+        load_pairs(path)
+    meta_path(path).unlink()
+    assert len(load_pairs(path).units) == 1
+
+
+def test_the_shipped_pairs():
+    path = Path(TrainConfig().pairs)
+    loaded = load_pairs(path)
+    assert 64 <= len(loaded.units) <= 120
+    assert all(set(u.pairs) == {TRACE, EMPTY} for u in loaded.units)
+    assert path.stat().st_size < 2_000_000
+    assert "runs/" not in loaded.meta["command"]
+    for u in loaded.units:
+        (trace,), (empty,) = u.pairs[TRACE], u.pairs[EMPTY]
+        # Ended by SmolLM2's <|im_end|>, id 2, and by nothing before.
+        responses = (trace.chosen, trace.rejected, empty.chosen, empty.rejected)
+        assert all(ids.index(2) == len(ids) - 1 for ids in responses)
+        # Each prompt ends with "<think>\n" or "<think>\n\n</think>\n\n" in SmolLM2's ids.
+        assert trace.prompt[-4:] == (44, 17400, 46, 198)
+        assert empty.prompt[-9:] == (44, 17400, 46, 198, 198, 9617, 17400, 46, 1116)
 
 
 def make_units(count):

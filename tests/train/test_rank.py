@@ -162,6 +162,18 @@ def test_no_pair_at_all_is_an_error_with_the_counts(tmp_path, capsys):
     assert not (tmp_path / "pairs.jsonl").exists()
 
 
+def test_an_incomplete_last_line_is_left_out_with_a_message(tmp_path, capsys):
+    pairs = [response("</think>2"), response("</think>3")]
+    write_lines(tmp_path / "responses.jsonl", [make_record(p, "2", pairs) for p in "abc"])
+    text = (tmp_path / "responses.jsonl").read_text()
+    (tmp_path / "responses.jsonl").write_text(text[:-20])
+    (tmp_path / "responses.meta.json").write_text(json.dumps(META))
+    cfg = RunConfig(run_dir=str(tmp_path))
+    rank.run(cfg)
+    assert [unit.unit_id for unit in load_pairs(rank.output_path(cfg)).units] == ["a", "b"]
+    assert "responses.jsonl:3: this last line is incomplete" in capsys.readouterr().out
+
+
 def test_malformed_input_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"responses\.jsonl: no such file; run `sample`"):
         rank.run(RunConfig(run_dir=str(tmp_path)))

@@ -188,6 +188,13 @@ def test_a_foreign_line_names_file_and_line(cfg):
         sample.run(cfg)
 
 
+def test_a_prompt_that_comes_twice_names_file_and_line(cfg):
+    lines = responses(cfg).splitlines(keepends=True)
+    sample.responses_path(cfg).write_bytes(b"".join([*lines, lines[1]]))
+    with pytest.raises(ValueError, match=r"responses\.jsonl:6: expected a new prompt, got 'p1'"):
+        sample.run(cfg)
+
+
 def test_a_changed_prompt_under_the_same_id_is_refused(cfg, tmp_path):
     changed = [{"prompt": "Else", "id": "p0"}]
     path = Path(str(cfg.prompts.path))

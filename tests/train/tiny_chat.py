@@ -47,7 +47,8 @@ def tiny_config(**options) -> LlamaConfig:
     sizes = {
         "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "max_position_embeddings": 512, "initializer_range": 0.3, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+        "max_position_embeddings": 512, "initializer_range": 0.3,
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
     }  # fmt: skip
     return LlamaConfig(**{**sizes, **options})
 
