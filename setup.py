@@ -28,8 +28,8 @@ def say(message):
 def cpu_extension():
     """csrc/cpu for any x86-64 or ARM machine: wider instructions are chosen at run time."""
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall",
-             "-Wno-psabi", "-Wno-unknown-pragmas"]  # fmt: skip
+    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
     link = ["-fopenmp"]
     if os.environ.get("BVPO_SANITIZE") == "1":
         flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]

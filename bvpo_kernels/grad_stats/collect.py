@@ -43,7 +43,7 @@ class GradStats:
 
     | mode, cross | within a unit | units of one micro-batch | of different ones, and ranks |
     |---|---|---|---|
-    | exact, sketch | exact | exact | sketched, calibrated by the exact sum of \|d_i\|^2 |
+    | exact, sketch | exact | exact | sketched, calibrated by the exact self terms |
     | exact, exact | exact | exact | their sum exact, `rows_BKK` unknown |
     | exact, none | exact | exact | none: one micro-batch on one rank per step |
     | sketch | sketched | sketched | sketched |
