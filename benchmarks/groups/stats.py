@@ -1,0 +1,172 @@
+"""Group "stats": a training step's forward and backward, with and without gradient statistics.
+
+The model is a Llama of random weights with SmolLM2-135M's sizes (D=576, V=49152, tied) and `L`
+layers (SmolLM2 has 30); `B` units per micro-batch, each with two traces of `R` tokens and two
+answers without a trace. Ratios are to the step that measures nothing. "loop" is what a script does:
+one backward per unit and kind, and the inner products of the gradients. (Opacus's ghost clipping
+is no row: it needs a batch axis of padded samples, and yields norms but no inner products.)
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row
+from bvpo_kernels import TokenPair, Unit, bvpo_loss, pack, segment_sum
+from bvpo_kernels.grad_stats import GradStats
+from bvpo_kernels.types import EMPTY, TRACE, PackedBatch
+from train.head import FusedHeadLM
+
+ALPHA = 0.5
+PROMPT_TOKENS, ANSWER_TOKENS = 64, 64
+# Trace tokens of the units that the gate runs in fp64, at the case's own model.
+GATE_TRACE = 16
+
+
+class Inputs(NamedTuple):
+    """A policy, and units that fill one micro-batch."""
+
+    policy: FusedHeadLM
+    units: list[Unit]
+
+
+def _units(count: int, trace: int, vocab: int) -> list[Unit]:
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(response: int) -> TokenPair:
+        sizes = (PROMPT_TOKENS, response, response)
+        ids = [torch.randint(0, vocab, (size,), generator=generator).tolist() for size in sizes]
+        return TokenPair(*ids)
+
+    return [
+        Unit(str(n), {TRACE: [pair(trace + ANSWER_TOKENS)], EMPTY: [pair(ANSWER_TOKENS)]})
+        for n in range(count)
+    ]
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Seeded weights and tokens."""
+    shape = case.shape
+    config = LlamaConfig(
+        vocab_size=shape["V"], hidden_size=shape["D"], intermediate_size=8 * shape["D"] // 3,
+        num_hidden_layers=shape["L"], num_attention_heads=shape["D"] // 64,
+        num_key_value_heads=max(shape["D"] // 192, 1), tie_word_embeddings=True,
+        max_position_embeddings=2 * shape["R"] + 1024,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(config)
+    model.to(case.device, case.torch_dtype)
+    return Inputs(FusedHeadLM(model), _units(shape["B"], shape["R"], shape["V"]))
+
+
+def _backward(policy: FusedHeadLM, batch: PackedBatch, alpha: Any = ALPHA) -> None:
+    scores_S = segment_sum(policy(batch), batch.cu_seqlens)
+    reference_S = 0.9 * scores_S.detach()  # a preference that is not saturated
+    bvpo_loss(scores_S, reference_S, batch, alpha).loss.backward()
+
+
+def _plain(case: Case, inputs: Inputs) -> Call:
+    batch = pack(inputs.units, device=case.device)
+
+    def call() -> Outputs:
+        inputs.policy.zero_grad()
+        _backward(inputs.policy, batch)
+        return {}
+
+    return call
+
+
+def _measured(name: str, yardstick: str = "", **options: Any) -> Row:
+    def make(case: Case, inputs: Inputs) -> Call:
+        batch = pack(inputs.units, device=case.device)
+        stats = GradStats(inputs.policy, **options)
+        scale = {TRACE: ALPHA / len(inputs.units), EMPTY: (1 - ALPHA) / len(inputs.units)}
+
+        def call() -> Outputs:
+            inputs.policy.zero_grad()
+            with stats.collect(batch, scale):
+                _backward(inputs.policy, batch)
+            return {"gram": stats.result().gram_BKK.float()}
+
+        return call
+
+    return Row(name, make, yardstick=yardstick)
+
+
+def _loop(case: Case, inputs: Inputs) -> Call:
+    """One backward per unit and kind; two gradients in memory besides `.grad`."""
+    return lambda: {"gram": loop_gram(inputs.policy, inputs.units, case.device).float()}
+
+
+def loop_gram(policy: FusedHeadLM, units: list[Unit], device: str) -> Tensor:
+    """<g_k,i, g_l,i>, [B, K, K], in the dtype of the parameters."""
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    grams = []
+    for unit in units:
+        flat = []
+        for kind in (TRACE, EMPTY):
+            policy.zero_grad()
+            batch = pack([Unit(unit.unit_id, {kind: unit.pairs[kind]})], device=device)
+            _backward(policy, batch, {TRACE: 1.0, EMPTY: 1.0})
+            flat.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+        flat_KP = torch.stack(flat)
+        grams.append(flat_KP @ flat_KP.T)
+    policy.zero_grad()
+    return torch.stack(grams)
+
+
+def gate(case: Case, inputs: Inputs) -> Gate:
+    """Short traces through the case's own model; the oracle is the loop in fp64."""
+    few = _units(case.shape["B"], GATE_TRACE, case.shape["V"])
+    exact = FusedHeadLM(copy.deepcopy(inputs.policy.model).double())
+    return Gate(
+        inputs=Inputs(inputs.policy, few),
+        select=lambda outputs: outputs,
+        oracle={"gram": loop_gram(exact, few, case.device)},
+        baseline={"gram": loop_gram(inputs.policy, few, case.device).float()},
+    )
+
+
+def tiny(case: Case) -> Case:
+    return replace(case, shape={**case.shape, "R": 8, "L": 1, "D": 64, "V": 512})
+
+
+def _case(trace: int, layers: int, dtype: str, rounds: int) -> Case:
+    return Case({"R": trace, "B": 2, "L": layers, "D": 576, "V": 49_152}, dtype, rounds=rounds)
+
+
+GROUP = Group(
+    name="stats",
+    title="a step's forward and backward with gradient statistics, relative to without",
+    cases=(
+        _case(256, 30, "bfloat16", 3),
+        _case(1024, 30, "bfloat16", 3),
+        _case(1024, 30, "float32", 1),
+        # Fewer layers for long traces: the ratio is of one layer to the same layer, and the head.
+        _case(2048, 6, "bfloat16", 1),
+        _case(4096, 6, "bfloat16", 1),
+        _case(8192, 2, "bfloat16", 1),
+    ),
+    quick=(
+        Case({"R": 64, "B": 2, "L": 2, "D": 192, "V": 4096}, rounds=5),
+        Case({"R": 256, "B": 2, "L": 2, "D": 576, "V": 8192}, rounds=3),
+    ),
+    rows=(
+        Row("step", _plain, yardstick="the step without statistics"),
+        _measured("exact", cross="none"),
+        _measured("exact+sketch", cross="sketch"),
+        _measured("exact+sums", cross="exact"),
+        _measured("sketch", "an estimate of the same numbers", mode="sketch"),
+        _measured("norm", "the norms' weights alone", mode="norm"),
+        Row("loop", _loop),
+    ),
+    make_inputs=make_inputs,
+    gate=gate,
+    tiny=tiny,
+)  # fmt: skip
