@@ -24,7 +24,7 @@ TOKENS = (8192, 32_768)
 HIDDEN_SIZES = (4096, 3584, 1536)
 VOCAB = 151_936
 MODES = ("scores", "frozen", "trained")
-# Multiply-adds per T V D that a mode needs: what TFLOP/s are counted from. A recomputing backward
+# FLOPs per T V D that a mode needs: what TFLOP/s are counted from. A recomputing backward
 # runs 8 where 6 are needed; recomputation is not credited.
 NEEDED_FLOPS = {"scores": 2, "frozen": 4, "trained": 6}
 GATE_ROW_STRIDE = 997

@@ -62,7 +62,11 @@ def _load_bias(bias_ptr, index, mask, HAS_BIAS: tl.constexpr):
 def fold_state(
     state_ptr, state_stride, row_R, mask_R, max_R, sum_R, weighted_R, HAS_ENTROPY: tl.constexpr
 ):
-    """Merge the statistics of one tile into the rows' state; returns the new maximum."""
+    """Merge the statistics of one tile into the rows' state; returns the new maximum.
+
+    Warps that share a row all read its state and one writes it. Whether they read the old or the
+    new maximum, the new one comes out; nothing else is used by a warp that does not write.
+    """
     old_max_R = tl.load(state_ptr + row_R, mask=mask_R, other=_LOWEST)
     old_max_R = tl.maximum(old_max_R, _LOWEST)
     old_sum_R = tl.load(state_ptr + state_stride + row_R, mask=mask_R, other=0.0)
@@ -182,8 +186,8 @@ def _backward_kernel(
         # The maximum first: an offset common to all logits must not eat the fraction.
         p = tl.exp((z - max_R[:, None]) - logsum_R[:, None])
         is_target_RB = column_B[None, :] == target_R[:, None]
+        # 0 in rows that are not used: their upstream, coefficient and p are.
         dz = tl.where(is_target_RB, coefficient_R[:, None], -upstream_R[:, None] * p) * slope
-        dz = tl.where(mask_RB, dz, 0.0)
         tl.debug_barrier()  # dz may lie over z, as p above
         dz_RB = dz_ptr + row_R[:, None] * dz_stride + column_B[None, :]
         stored_RB = inside_R[:, None] & in_tile_B[None, :]
