@@ -12,7 +12,8 @@ template <typename Gradient, typename Weight>
 void launch(const Tensor& g_trace, const Tensor& g_empty, const float* weights, Tensor& dweight,
             float* partials, int64_t tiles) {
   pair_reduce_kernel<Gradient, Weight>
-      <<<persistent_grid(dweight, tiles, kBlocksPerSm), kReduceThreads, 0, current_stream(dweight)>>>(
+      <<<persistent_grid(dweight, tiles, kBlocksPerSm), kReduceThreads, 0,
+         current_stream(dweight)>>>(
           static_cast<const Gradient*>(g_trace.const_data_ptr()),
           static_cast<const Gradient*>(g_empty.const_data_ptr()), weights,
           static_cast<Weight*>(dweight.mutable_data_ptr()), partials, dweight.numel(), tiles);
@@ -26,7 +27,8 @@ void pair_reduce(Tensor g_trace, Tensor g_empty, Tensor weights, Tensor dweight,
   STD_TORCH_CHECK(g_trace.scalar_type() == g_empty.scalar_type(),
                   "g_trace, g_empty: expected one dtype");
   for (const Tensor* tensor : {&g_trace, &g_empty, &dweight}) {
-    STD_TORCH_CHECK(tensor->is_cuda() && tensor->is_contiguous() && aligned(tensor->const_data_ptr()),
+    STD_TORCH_CHECK(tensor->is_cuda() && tensor->is_contiguous() &&
+                        aligned(tensor->const_data_ptr()),
                     "g_trace, g_empty, dweight: expected contiguous CUDA tensors at 16 bytes");
   }
   const float* scale = pointer<float>(weights, ScalarType::Float, "weights");
