@@ -1,6 +1,7 @@
 """Fused log-prob kernels, per-sample gradient statistics and the optimal mixing weight for BVPO."""
 
 from bvpo_kernels import losses
+from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.logprobs import linear_logprobs
 from bvpo_kernels.losses import bvpo_loss
 from bvpo_kernels.mixing import AlphaEstimator, StepStats, alpha_star, mixing_weights
@@ -23,6 +24,7 @@ __all__ = [
     "TRACE",
     "AlphaEstimator",
     "BVPOLoss",
+    "GradStats",
     "PackPlan",
     "PackedBatch",
     "StepStats",

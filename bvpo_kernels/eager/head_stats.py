@@ -63,7 +63,7 @@ class _Sums:
             for chunk in ranges(end - start, chunk_rows):
                 rows = slice(start + chunk.start, start + chunk.stop)
                 part = BackwardInputs(*(tensor[rows] for tensor in inputs))
-                dz = logprobs._dlogits(part, head, columns)
+                dz = logprobs.dlogits(part, head, columns)
                 if self.dbias_GV is not None:
                     self.dbias_GV[group, columns] += dz.sum(0)
                 dz = dz.to(weight_tile.dtype)
@@ -82,7 +82,7 @@ def _vocab_tile(inputs: BackwardInputs, vocab: int, groups: int, workspace: int)
     """Tokens of a chunk and vocabulary columns of a tile, logits and G tiles of dW in workspace."""
     hidden_TD = inputs.hidden_TD
     num_tokens, dim = hidden_TD.shape
-    tokens, columns = logprobs._tile_shape(num_tokens, vocab, hidden_TD.device, workspace // 2)
+    tokens, columns = logprobs.tile_shape(num_tokens, vocab, hidden_TD.device, workspace // 2)
     itemsize = accumulate_dtype(hidden_TD.dtype).itemsize
     return tokens, max(min(columns, workspace // (2 * groups * dim * itemsize)), 1)
 
@@ -119,7 +119,7 @@ def backward(
         logprobs_T, max_T, logsum_T,
     )  # fmt: skip
     bounds = group_bounds(plan, num_tokens)
-    scored = logprobs._scored_rows(target_T, ignore_index)
+    scored = logprobs.scored_rows(target_T, ignore_index)
     if scored is not None:
         inputs = BackwardInputs(*(tensor[scored] for tensor in inputs))
         edges = torch.searchsorted(scored, torch.tensor(bounds)).tolist()
@@ -131,7 +131,7 @@ def backward(
         sums.add_columns(inputs, head, columns, chunk_rows, bounds)
     dhidden = hidden_TD.new_zeros(0)
     if sums.dhidden_TD is not None:
-        dhidden = logprobs._expand(sums.dhidden_TD.to(hidden_TD.dtype), scored, num_tokens)
+        dhidden = logprobs.expand(sums.dhidden_TD.to(hidden_TD.dtype), scored, num_tokens)
     return dhidden, *_finish(sums, inputs, bounds, head, plan, layer)
 
 

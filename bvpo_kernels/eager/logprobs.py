@@ -57,7 +57,7 @@ def mm(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right).to(out_dtype)
 
 
-def _tile_shape(
+def tile_shape(
     num_tokens: int, vocab: int, device: torch.device, workspace: int
 ) -> tuple[int, int]:
     """Tokens and vocabulary columns of a tile that fits the workspace."""
@@ -186,7 +186,7 @@ def _forward_scored(
     Every row is scored: the caller leaves ignored rows out.
     """
     num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
-    tokens, columns = _tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
+    tokens, columns = tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
     parts = [
         _forward_rows(hidden_TD[rows], target_T[rows], head, columns, entropy, unit)
         for rows in ranges(max(num_tokens, 1), tokens)
@@ -206,7 +206,7 @@ class BackwardInputs(NamedTuple):
     logsum_T: Tensor
 
 
-def _dlogits(rows: BackwardInputs, head: Head, columns: slice) -> Tensor:
+def dlogits(rows: BackwardInputs, head: Head, columns: slice) -> Tensor:
     """d loss / d (h W^T + b) for one tile, recomputed, in the accumulation dtype."""
     z, slope = _logits(rows.hidden_TD, head, columns)
     z.sub_(rows.max_T[:, None]).sub_(rows.logsum_T[:, None]).exp_()
@@ -241,7 +241,7 @@ def _backward_scored(
         return _backward_hidden(inputs, head, workspace), None, None
 
     num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
-    tokens, vocab_tile = _tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
+    tokens, vocab_tile = tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
     dhidden_TD = torch.zeros_like(hidden_TD, dtype=acc) if need_hidden else None
     dweight_VD = torch.empty_like(head.weight_VD) if need_weight else None
     dbias_V = torch.empty_like(head.bias_V) if need_bias and head.bias_V is not None else None
@@ -251,7 +251,7 @@ def _backward_scored(
         dbias_tile = torch.zeros(weight_tile.shape[0], dtype=acc, device=weight_tile.device)
         for rows in ranges(num_tokens, tokens):
             chunk = BackwardInputs(*(tensor[rows] for tensor in inputs))
-            dz = _dlogits(chunk, head, columns)
+            dz = dlogits(chunk, head, columns)
             dbias_tile += dz.sum(0)
             dz = dz.to(hidden_TD.dtype)
             if dweight_tile is not None:
@@ -271,19 +271,19 @@ def _backward_hidden(inputs: BackwardInputs, head: Head, workspace: int) -> Tens
     """dH alone: tokens outermost, so that the accumulator is one chunk of rows."""
     hidden_TD = inputs.hidden_TD
     num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
-    tokens, vocab_tile = _tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
+    tokens, vocab_tile = tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
     dhidden_TD = torch.empty_like(hidden_TD)
     for rows in ranges(num_tokens, tokens):
         chunk = BackwardInputs(*(tensor[rows] for tensor in inputs))
         part = torch.zeros_like(chunk.hidden_TD, dtype=accumulate_dtype(hidden_TD.dtype))
         for columns in ranges(vocab, vocab_tile):
-            dz = _dlogits(chunk, head, columns).to(hidden_TD.dtype)
+            dz = dlogits(chunk, head, columns).to(hidden_TD.dtype)
             part += mm(dz, head.weight_VD[columns])
         dhidden_TD[rows] = part
     return dhidden_TD
 
 
-def _scored_rows(target_T: Tensor, ignore_index: int) -> Tensor | None:
+def scored_rows(target_T: Tensor, ignore_index: int) -> Tensor | None:
     """Indices of the rows to compute; None means all of them.
 
     Ignored rows are compacted away where that needs no host synchronisation; on a GPU they run
@@ -295,7 +295,7 @@ def _scored_rows(target_T: Tensor, ignore_index: int) -> Tensor | None:
     return None if bool(scored_T.all()) else scored_T.nonzero()[:, 0]
 
 
-def _expand(values: Tensor, rows: Tensor | None, num_tokens: int) -> Tensor:
+def expand(values: Tensor, rows: Tensor | None, num_tokens: int) -> Tensor:
     if rows is None:
         return values
     full = values.new_zeros((num_tokens, *values.shape[1:]))
@@ -316,13 +316,13 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """The op `bvpo::linear_logprobs_forward`; results that are not wanted are empty."""
     head = Head(weight_VD, bias_V, temperature, softcap)
-    num_tokens, rows = hidden_TD.shape[0], _scored_rows(target_T, ignore_index)
+    num_tokens, rows = hidden_TD.shape[0], scored_rows(target_T, ignore_index)
     ignored_T = target_T == ignore_index
     target_T = target_T.masked_fill(ignored_T, 0)
     if rows is not None:
         hidden_TD, target_T = hidden_TD[rows], target_T[rows]
     result = _forward_scored(hidden_TD, target_T, head, workspace, need_entropy, need_unit_grad)
-    out = [hidden_TD.new_empty(0) if v is None else _expand(v, rows, num_tokens) for v in result]
+    out = [hidden_TD.new_empty(0) if v is None else expand(v, rows, num_tokens) for v in result]
     if rows is None:
         out[0] = out[0].masked_fill(ignored_T, 0)
         out[3] = out[3].masked_fill(ignored_T, 0) if need_entropy else out[3]
@@ -348,7 +348,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """The op `bvpo::linear_logprobs_backward`; gradients that are not wanted are empty."""
     head = Head(weight_VD, bias_V, temperature, softcap)
-    num_tokens, rows = hidden_TD.shape[0], _scored_rows(target_T, ignore_index)
+    num_tokens, rows = hidden_TD.shape[0], scored_rows(target_T, ignore_index)
     ignored_T = target_T == ignore_index
     inputs = BackwardInputs(
         dlogprobs_T.masked_fill(ignored_T, 0), hidden_TD, target_T.masked_fill(ignored_T, 0),
@@ -359,7 +359,7 @@ def backward(
     need = (need_hidden, need_weight, need_bias)
     dhidden, dweight, dbias = _backward_scored(inputs, head, workspace, need)
     return (
-        hidden_TD.new_empty(0) if dhidden is None else _expand(dhidden, rows, num_tokens),
+        hidden_TD.new_empty(0) if dhidden is None else expand(dhidden, rows, num_tokens),
         weight_VD.new_empty(0) if dweight is None else dweight,
         weight_VD.new_empty(0) if dbias is None else dbias,
     )

@@ -148,6 +148,8 @@ class GradStats:
         if scope.active is not None:
             raise RuntimeError("collect: another collection of gradient statistics is running")
         if self._changed():
+            if self._micro_batches:
+                raise RuntimeError("collect: expected the same trained parameters within a step")
             self._arrange()
         scales = _scales(batch, kind_scale)
         units = self._check_batch(batch, scales)
