@@ -108,27 +108,29 @@ BVPO_INLINE void online_sums_body(Tile tile, float* max_t, float* sum_t, float* 
     const v16 shift = finite_shift(new_max);
     const v16 step = old_max - shift;
     const v16 rescale = exp_nonpositive(step);
+    // A tile is summed on its own and then added: 150 000 small terms added to one large running
+    // sum would lose 1e-3 of it in fp32.
     v16 sum = load(sum_t + t);
     const float* z = tile.z + t;
     if (weighted_t) {
-      v16 weighted = shift_weighted(load(weighted_t + t), sum, step, rescale);
-      sum *= rescale;
+      v16 part{}, weighted{};
       for (int64_t v = 0; v < tile.rows; ++v, z += tile.stride) {
         const v16 x = load(z) - shift;
         const v16 p = exp_nonpositive(x);
-        sum += p;
+        part += p;
         weighted += p > v16{} ? p * x : v16{};
       }
-      store(weighted_t + t, weighted);
+      store(weighted_t + t, shift_weighted(load(weighted_t + t), sum, step, rescale) + weighted);
+      sum = sum * rescale + part;
     } else {
-      v16 even = sum * rescale, odd{};
+      v16 even{}, odd{};
       int64_t v = 0;
       for (; v + 2 <= tile.rows; v += 2, z += 2 * tile.stride) {
         even += exp_nonpositive(load(z) - shift);
         odd += exp_nonpositive(load(z + tile.stride) - shift);
       }
       if (v < tile.rows) even += exp_nonpositive(load(z) - shift);
-      sum = even + odd;
+      sum = sum * rescale + (even + odd);
     }
     store(sum_t + t, sum);
     store(max_t + t, new_max);
@@ -143,17 +145,15 @@ BVPO_INLINE void online_probabilities_body(Tile tile, const float* slope, float*
     const v16 shift = finite_shift(new_max);
     const v16 step = old_max - shift;
     const v16 rescale = exp_nonpositive(step);
-    v16 sum = load(sum_t + t);
-    v16 weighted{};
-    if (weighted_t) weighted = shift_weighted(load(weighted_t + t), sum, step, rescale);
-    sum *= rescale;
+    const v16 sum = load(sum_t + t);
+    v16 part{}, weighted{};
     for (int64_t v = 0; v < tile.rows; v += 2) {
       const bool second = v + 1 < tile.rows;
       const float* z = tile.z + v * tile.stride + t;
       const v16 xa = load(z) - shift;
       const v16 xb = second ? load(z + tile.stride) - shift : splat(kMinusInf);
       v16 a = exp_nonpositive(xa), b = exp_nonpositive(xb);
-      sum += a + b;
+      part += a + b;
       if (weighted_t) {
         weighted += a > v16{} ? a * xa : v16{};
         weighted += b > v16{} ? b * xb : v16{};
@@ -165,9 +165,11 @@ BVPO_INLINE void online_probabilities_body(Tile tile, const float* slope, float*
       }
       emit(out, store_as, v, second, tile.tokens, t, a, b);
     }
-    if (weighted_t) store(weighted_t + t, weighted);
+    if (weighted_t) {
+      store(weighted_t + t, shift_weighted(load(weighted_t + t), sum, step, rescale) + weighted);
+    }
     store(rescale_t + t, rescale);
-    store(sum_t + t, sum);
+    store(sum_t + t, sum * rescale + part);
     store(max_t + t, new_max);
   }
 }
