@@ -1,4 +1,4 @@
-"""`pytest benchmarks --benchmark-only`: the cases and rows of each group under pytest-benchmark."""
+"""The cases and rows of all groups, as parameters of `bench_groups.py`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "timed_row" not in metafunc.fixturenames:
         return
-    group: Group = metafunc.module.GROUP
-    cases = group.cases if metafunc.config.getoption("--full") else group.quick
-    pairs = [(group, case, row) for case in cases for row in group.rows]
-    ids = [f"{case.name}-{row.name}".translate(_ID) for _, case, row in pairs]
-    metafunc.parametrize("timed_row", pairs, indirect=True, ids=ids)
+    full = metafunc.config.getoption("--full")
+    timed = [
+        (group, case, row)
+        for group in map(registry.load, registry.names())
+        for case in (group.cases if full else group.quick)
+        for row in group.rows
+    ]
+    ids = [f"{group.name}-{case.name}-{row.name}".translate(_ID) for group, case, row in timed]
+    metafunc.parametrize("timed_row", timed, indirect=True, ids=ids)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Figures from the long-form CSV: time relative to naive, and memory against T."""
+"""Figures from the long-form CSV: time relative to the baseline, and memory against T."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _time_bars(axes: Axes, frame: pd.DataFrame, colors: dict[str, str]) -> None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks([place + 0.4 - thickness / 2 for place in range(len(cases))], cases, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("time / naive")
+    axes.set_xlabel(f"time / {records.baseline(frame)}")
     if rows:
         axes.legend(fontsize=7)
 

@@ -130,6 +130,11 @@ def status(frame: pd.DataFrame) -> str:
     return str(frame.loc[frame["metric"] == "status", "note"].iloc[0])
 
 
+def baseline(frame: pd.DataFrame) -> str:
+    """The row that ratios are relative to: the first."""
+    return str(frame["row"].iloc[0])
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
@@ -147,7 +152,7 @@ def _error_columns(metrics: Mapping[str, float]) -> dict[str, str]:
 def terminal_table(frame: pd.DataFrame) -> str:
     """Every case and row: time, spread, ratio, memory, errors, and why a time is missing."""
     lines = []
-    absent = _absent(frame)
+    absent, ratio = _absent(frame), f"x {baseline(frame)}"
     for case, of_case in frame[~frame["row"].isin(absent)].groupby("case", sort=False):
         shown = str(case)
         for row, of_row in of_case.groupby("row", sort=False):
@@ -157,12 +162,12 @@ def terminal_table(frame: pd.DataFrame) -> str:
                 spread = (metrics["time_high"] - metrics["time_low"]) / metrics["time"]
                 line |= {"time": _duration(metrics["time"]), "spread": f"{100 * spread:.0f} %"}
             if "ratio" in metrics:
-                line["x naive"] = f"{metrics['ratio']:.2f}"
+                line[ratio] = f"{metrics['ratio']:.2f}"
             if "peak_memory" in metrics:
                 line["MiB"] = f"{metrics['peak_memory']:.0f}"
             lines.append({**line, **_error_columns(metrics), "note": "" if state == OK else state})
             shown = ""
-    order = ["case", "row", "time", "spread", "x naive", "MiB"]
+    order = ["case", "row", "time", "spread", ratio, "MiB"]
     order += [*sorted({key for line in lines for key in line} - {*order, "note"}), "note"]
     cells = [[line.get(key, "") for key in order] for line in lines]
     table = tabulate(cells, headers=order, disable_numparse=True)
@@ -181,7 +186,7 @@ def _absent(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
-    """One line per case, one column per row: time, ratio to naive, peak memory.
+    """One line per case, one column per row: time, ratio to the first row, peak memory.
 
     A row that cannot run in any case is left out of the table and named under it.
     """
@@ -198,8 +203,8 @@ def markdown_table(frame: pd.DataFrame) -> str:
     noise = frame.loc[frame["metric"] == "other_load", "value"].max()
     text = [
         tabulate(lines, headers=["case", *rows], tablefmt="github", disable_numparse=True),
-        f"Median seconds per call, time relative to naive, peak memory above inputs and gradients. "
-        f"{first['cpu']}, {first['cores']} cores ({first['isa']}), "
+        f"Median seconds per call, time relative to {baseline(frame)}, peak memory above inputs "
+        f"and gradients. {first['cpu']}, {first['cores']} cores ({first['isa']}), "
         f"{first['threads']} threads, {first['ram_gib']} GiB; GPU: {first['gpu']}; torch "
         f"{first['torch']}, Python {first['python']}, bvpo_kernels {first['bvpo_kernels']}, commit "
         f"{first['commit']}, {first['date']}; other processes took up to {noise:.0f} % of the CPU.",

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["bvpo_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
@@ -51,13 +52,15 @@ def use_wheel(wheel: Path, tmp_path: Path) -> str:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BVPO")}
+    # -S: no .pth files, hence no finder of an editable install, which would lend its kernels.
+    path = os.pathsep.join([str(site), str(Path(torch.__file__).parent.parent)])
     result = subprocess.run(
-        [sys.executable, "-P", "-c", USE_IT],
-        cwd=tmp_path, env=environment | {"PYTHONPATH": str(site)}, capture_output=True, text=True,
+        [sys.executable, "-S", "-P", "-c", USE_IT],
+        cwd=tmp_path, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    path, cpp = result.stdout.splitlines()
-    assert Path(path).is_relative_to(site)
+    imported, cpp = result.stdout.splitlines()
+    assert Path(imported).is_relative_to(site)
     return cpp
 
 

@@ -124,16 +124,6 @@ def trl_style(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return torch.cat(parts).where(scored, 0.0)
 
 
-def _cuda_peer(package: str, module: str) -> Callable[[Case], str]:
-    """Why a peer made of GPU kernels cannot run."""
-
-    def missing(case: Case) -> str:
-        needs = "" if case.device.startswith("cuda") else f"{package} needs a CUDA device"
-        return why_not(package, module) or needs
-
-    return missing
-
-
 def _ours(impl: str) -> Row:
     def forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return linear_logprobs(hidden, weight, target, impl=impl)
@@ -185,6 +175,11 @@ def _make_cce(case: Case, inputs: Inputs) -> Call:
         )  # fmt: skip
 
     return differentiate(forward, case, inputs)
+
+
+def _liger_missing(case: Case) -> str:
+    needs = "" if case.device.startswith("cuda") else "liger-kernel needs a CUDA device"
+    return why_not("liger-kernel", LIGER) or needs
 
 
 def _make_liger(case: Case, inputs: Inputs) -> Call:
@@ -317,8 +312,8 @@ GROUP = Group(
         _ours("cpp"),
         Row("bare GEMM", _make_gemm, yardstick="the products of the textbook path"),
         Row("trl", _make_trl, lambda _: why_not("trl", "trl.trainer.utils"), _trl_bytes),
-        Row("cce", _make_cce, _cuda_peer("cut-cross-entropy", "cut_cross_entropy")),
-        Row("liger", _make_liger, _cuda_peer("liger-kernel", LIGER)),
+        Row("cce", _make_cce, lambda _: why_not("cut-cross-entropy", "cut_cross_entropy")),
+        Row("liger", _make_liger, _liger_missing),
     ),
     make_inputs=make_inputs,
     gate=gate,
