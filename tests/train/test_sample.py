@@ -74,6 +74,7 @@ def test_draw_equals_naive_ancestral_sampling(model_folder):
     with torch.no_grad():
         expected = naive_draw(model, prompts, cfg, 12, 7, ends)
     sampler = sample.Sampler(model, tokenizer, cfg)
+    torch.manual_seed(123)  # not the state that the naive loop, with the same draws, has left
     before = torch.get_rng_state()
     drawn = sampler.draw(prompts, 12, 7)
     assert drawn == expected
@@ -85,6 +86,15 @@ def test_draw_equals_naive_ancestral_sampling(model_folder):
     assert {True, False} == set(finished)
     assert all(not (set(ids[:-1]) & ends) for ids in flat)
     assert all(len(ids) == 12 for ids, end in zip(flat, finished, strict=True) if not end)
+
+
+def test_each_batch_and_mode_has_a_seed_of_its_own():
+    keys = [
+        (seed, mode, b) for seed in (0, 1) for mode in (THINKING, NO_THINKING) for b in range(9)
+    ]
+    seeds = {sample.batch_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)  # what torch.manual_seed takes
 
 
 def test_records_hold_ids_as_generated(finished_run):
