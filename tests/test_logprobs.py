@@ -65,8 +65,6 @@ def test_small_with_every_option(impl, dtype, options, need):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_real_shapes(num_tokens, dim, vocab, dtype):
-    if dim == 4096 and dtype == torch.float32:
-        pytest.xfail("cpp: dH in fp32 is 5 % above twice the error of torch's own GEMM")
     case = Case(num_tokens, dim, vocab, dtype, scale=3.0)
     inputs, need = case.inputs(), ("hidden", "weight")
     oracle = run(inputs, "reference", need, torch.float64)
