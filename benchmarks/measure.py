@@ -25,7 +25,7 @@ MIB = 2**20
 # A sample repeats a short call for this long; a call longer than LONG_CALL is not warmed up again
 # after the gate has run it once.
 MIN_SAMPLE_SECONDS = 0.05
-LONG_CALL_SECONDS = 2.0
+LONG_CALL_SECONDS = 0.2
 # What the processes that measure memory find imported. Not the main module: each of them runs that
 # again, under another name.
 _PRELOAD = ["benchmarks.measure", "benchmarks.plot", "benchmarks.verify", "jsonargparse"]

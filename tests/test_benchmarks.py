@@ -303,7 +303,7 @@ def test_bad_names_and_files_are_named(tmp_path):
         logprobs.GROUP.row("nonsense")
     with pytest.raises(ValueError, match="filter: 'nonsense' matches none of"):
         run.select_cases(logprobs.GROUP, True, "nonsense")
-    assert len(run.select_cases(logprobs.GROUP, True, "fp32 scores")) == 1
+    assert len(run.select_cases(logprobs.GROUP, True, "fp32 trained")) == 1
     with pytest.raises(ValueError, match=r"none\.csv: expected a result"):
         records.read_csv(tmp_path / "none.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")

@@ -294,14 +294,16 @@ GROUP = Group(
         *_cases(4096, SMOLLM2, "float32", MODES, 3),
         *_cases(4096, QWEN25, "bfloat16", MODES, 3),
         *_cases(1024, QWEN25, "float32", ("trained",), 3),
-        *_cases(32_768, SMOLLM2, "bfloat16", MODES, 3),
+        # What these show is memory: naive code does not fit in most machines.
+        *_cases(32_768, SMOLLM2, "bfloat16", MODES, 1),
         *_cases(32_768, QWEN25, "bfloat16", ("trained",), 1),
     ),
     quick=(
-        *_cases(1024, SMOLLM2, "bfloat16", MODES, 3),
+        *_cases(512, SMOLLM2, "bfloat16", MODES, 3),
+        *_cases(1024, SMOLLM2, "bfloat16", ("trained",), 3),
         *_cases(1024, SMOLLM2, "bfloat16", ("trained",), 3, ignored=50),
-        *_cases(512, SMOLLM2, "float32", ("scores", "trained"), 3),
-        *_cases(512, {"D": 576, "V": 151_936}, "bfloat16", ("trained",), 3),
+        *_cases(512, SMOLLM2, "float32", ("trained",), 3),
+        *_cases(256, {"D": 576, "V": 151_936}, "bfloat16", ("trained",), 3),
     ),
     rows=(
         Row("naive", lambda case, inputs: differentiate(naive, case, inputs),
