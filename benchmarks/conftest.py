@@ -42,7 +42,7 @@ def _prepared(group_name: str, case_name: str) -> tuple[Any, Gate]:
 
 
 @pytest.fixture
-def timed_row(request: pytest.FixtureRequest) -> Any:
+def timed_row(request: pytest.FixtureRequest, benchmark: Any) -> Any:
     """Gate one row of one case, then return a function that benchmarks it."""
     group, case, row = request.param
     inputs, gate = _prepared(group.name, case.name)
@@ -50,7 +50,6 @@ def timed_row(request: pytest.FixtureRequest) -> Any:
     if candidate.call is None:
         cannot = candidate.status.startswith((records.MISSING, records.REFUSED))
         (pytest.skip if cannot else pytest.fail)(candidate.status)
-    benchmark = request.getfixturevalue("benchmark")
     benchmark.group = f"{group.name}: {case.name}"
     benchmark.extra_info.update(_facts(group, case, row))
     call = candidate.call
