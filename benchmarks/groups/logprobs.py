@@ -297,6 +297,7 @@ GROUP = Group(
         # What these show is memory: naive code does not fit in most machines.
         *_cases(32_768, SMOLLM2, "bfloat16", MODES, 1),
         *_cases(32_768, QWEN25, "bfloat16", ("trained",), 1),
+        *_cases(65_536, SMOLLM2, "bfloat16", ("scores", "trained"), 1),
     ),
     quick=(
         *_cases(512, SMOLLM2, "bfloat16", MODES, 3),

@@ -1,8 +1,8 @@
 // Block products over ATen's brgemm, and the copies that bring operands into the form it wants.
 //
 // C[m, n] (+)= A[m, k] B[k, n], fp32 C. A is row-major. B of a two-byte type is "VNNI": pairs of
-// rows interleaved, [k / 2, n, 2]; B of fp32 is row-major. Where ATen has no brgemm for a two-byte
-// type on this machine (it needs AMX for bf16), operands are widened to fp32 as they are copied.
+// rows interleaved, [k / 2, n, 2]; B of fp32 is row-major. Where this machine has no dot product for
+// a two-byte type (AMX, or AVX512-BF16 for bf16), operands are widened to fp32 as they are copied.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 namespace bvpo {
 
@@ -34,6 +35,25 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, 
     at::native::cpublas::brgemm(m, n, std::min(stretch, k - i), lda, ldb, ldc, accumulate || i > 0,
                                 a + i, b + i * ldb, c, kPairs<T>);
   }
+}
+
+// Whether brgemm reads VNNI operands here: its fallback, taken when oneDNN is held to an older
+// instruction set, reads a row-major B. Every entry of the product is different, and exact in fp32.
+inline bool vnni_product_is_right() {
+  constexpr int64_t n = 32;
+  std::vector<c10::BFloat16> a(n * n), b(n * n);
+  std::vector<float> c(n * n), expected(n * n);
+  for (int64_t i = 0; i < n * n; ++i) a[i] = static_cast<float>(i * 37 % 61 - 30);
+  for (int64_t k = 0; k < n; ++k) {
+    for (int64_t j = 0; j < n; ++j) {
+      const float x = static_cast<float>((k * n + j) * 53 % 67 - 33);
+      b[k / 2 * n * 2 + j * 2 + k % 2] = x;
+      for (int64_t i = 0; i < n; ++i) expected[i * n + j] += static_cast<float>(a[i * n + k]) * x;
+    }
+  }
+  at::native::cpublas::brgemm(n, n, n, n, n, n, false, a.data(), b.data(), c.data(), true);
+  at::native::cpublas::brgemm_release(true);
+  return c == expected;
 }
 
 template <typename T, typename In>
