@@ -6,7 +6,7 @@ import gc
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,15 @@ def select_cases(group: Group, quick: bool, pattern: str | None) -> Sequence[Cas
     return chosen
 
 
+def select_rows(group: Group, pattern: str | None) -> Group:
+    """The group with its baseline and the rows whose name matches; ValueError when none does."""
+    rows = [row for row in group.rows if re.search(pattern or "", row.name)]
+    if not rows:
+        raise ValueError(f"rows: {pattern!r} matches none of {[row.name for row in group.rows]}")
+    rows = [group.baseline, *(row for row in rows if row is not group.baseline)]
+    return replace(group, rows=tuple(rows))
+
+
 def run_group(
     group: Group,
     quick: bool = False,
@@ -140,6 +149,7 @@ def run_group(
     rounds: int | None = None,
     threads: int | None = None,
     filter: str | None = None,
+    rows: str | None = None,
 ) -> Path:
     """Measure a group; returns the path of the CSV, beside which the PNG lies.
 
@@ -150,21 +160,23 @@ def run_group(
         rounds: times that every row is measured (default: as the case says).
         threads: CPU threads (default: as torch chooses).
         filter: regular expression on case names; the results of a part go to NAME-part.*.
+        rows: regular expression on the names of rows besides the baseline; a part likewise.
     """
     cases = select_cases(group, quick, filter)
+    group = select_rows(group, rows)
     if threads is not None:
         torch.set_num_threads(threads)
-    suffix = "" if out else ("-quick" if quick else "") + ("-part" if filter else "")
+    suffix = "" if out else ("-quick" if quick else "") + ("-part" if filter or rows else "")
     path = (out or records.RESULTS) / f"{group.name}{suffix}.csv"
     where = records.environment(torch.get_num_threads())
-    rows: list[Record] = []
+    found: list[Record] = []
     steps = sum((rounds or case.rounds) * len(group.rows) for case in cases)
     with tqdm(total=steps, unit="sample") as bar:
         done = 0
         for case in cases:
             bar.set_description(case.name)
-            rows += run_case(group, case, rounds, bar)
-            records.write_csv(path, rows, where)
+            found += run_case(group, case, rounds, bar)
+            records.write_csv(path, found, where)
             done += (rounds or case.rounds) * len(group.rows)
             bar.update(done - bar.n)
     frame = records.read_csv(path)
@@ -196,6 +208,7 @@ def _parser(groups: Mapping[str, Group]) -> ArgumentParser:
         add("--rounds", type=PositiveInt, help="times that each row is measured")
         add("--threads", type=PositiveInt, help="CPU threads")
         add("--filter", help="regular expression on case names; written to NAME-part.*")
+        add("--rows", help="regular expression on rows' names; written to NAME-part.*")
         commands.add_subcommand(name, command, help=group.title)
     table = ArgumentParser(description="Print NAME.csv as a Markdown table.")
     table.add_argument("name", metavar="NAME", help="a group, or a group and suffix: NAME-quick")

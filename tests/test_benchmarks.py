@@ -304,6 +304,13 @@ def test_bad_names_and_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="filter: 'nonsense' matches none of"):
         run.select_cases(logprobs.GROUP, True, "nonsense")
     assert len(run.select_cases(logprobs.GROUP, True, "fp32 trained")) == 1
+    with pytest.raises(ValueError, match="rows: 'nonsense' matches none of"):
+        run.select_rows(logprobs.GROUP, "nonsense")
+    assert [row.name for row in run.select_rows(logprobs.GROUP, "^cpp|eager").rows] == [
+        "naive",
+        "eager",
+        "cpp",
+    ]
     with pytest.raises(ValueError, match=r"none\.csv: expected a result"):
         records.read_csv(tmp_path / "none.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")

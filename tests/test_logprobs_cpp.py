@@ -1,7 +1,9 @@
 """What the C++ backend promises beyond the shared oracle suite."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,3 +149,33 @@ def test_expanded_and_overlapping_hidden():
     expanded = linear_logprobs(row.expand(20, 24), inputs["weight"], inputs["target"], impl="cpp")
     copied = linear_logprobs(row.repeat(20, 1), inputs["weight"], inputs["target"], impl="cpp")
     assert torch.equal(expanded, copied)
+
+
+OLDER_ISA = """
+import torch
+from logprob_cases import Case, compare
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    compare(Case(70, 65, 600, dtype, bias=True), "cpp")
+print(torch.ops.bvpo.cpu_path(torch.bfloat16))
+"""
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_onednn_held_to_an_older_instruction_set(isa):
+    """brgemm then refuses two-byte operands, whatever the CPU can do."""
+    result = subprocess.run(
+        [sys.executable, "-c", OLDER_ISA],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "AMX" not in result.stdout
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_onednn_switched_off():
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.ops.bvpo.cpu_path(torch.bfloat16) == "widened to fp32 brgemm"
+        compare(Case(70, 65, 600, torch.bfloat16, bias=True), "cpp")

@@ -33,13 +33,13 @@ void check(const Tensor& hidden, const Tensor& weight, const Tensor& target) {
 }
 
 // Whether brgemm multiplies VNNI operands of this type faster than it multiplies them widened: with
-// AMX, and for bf16 with AVX512-BF16 (twice the fp32 rate). oneDNN switched off has no VNNI path.
+// AMX, and for bf16 with AVX512-BF16 (twice the fp32 rate).
 bool has_pairs(at::ScalarType dtype) {
   if (dtype == at::kFloat || !at::globalContext().userEnabledMkldnn()) return false;
   if (at::native::cpublas::could_pack(dtype)) return true;
   static const bool dot_products = [] {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") && vnni_product_is_right();
+    return __builtin_cpu_supports("avx512bf16") && takes_vnni();
   }();
   return dtype == at::kBFloat16 && dot_products;
 }
