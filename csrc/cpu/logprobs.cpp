@@ -1,7 +1,6 @@
-// linear_logprobs on the CPU: checks, choice of the product type, and registration.
+// linear_logprobs on the CPU: outputs, schedules, and registration.
 // Schemas are defined in bvpo_kernels/ops.py.
 
-#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -9,107 +8,11 @@
 #include <tuple>
 
 #include "backward.h"
+#include "call.h"
 #include "forward.h"
 
 namespace bvpo {
 namespace {
-
-using at::Tensor;
-
-struct Options {
-  double temperature;
-  std::optional<double> softcap;
-  int64_t ignore_index;
-  int64_t workspace;
-};
-
-void check(const Tensor& hidden, const Tensor& weight, const Tensor& target) {
-  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1),
-              "hidden [T, D] and weight [V, D] expected, got ", hidden.sizes(), " and ", weight.sizes());
-  TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "hidden and weight of one dtype expected");
-  TORCH_CHECK(target.scalar_type() == at::kLong && target.is_contiguous() &&
-                  target.dim() == 1 && target.size(0) == hidden.size(0),
-              "target: contiguous int64 [", hidden.size(0), "] expected, got ", target.sizes());
-}
-
-// Whether brgemm multiplies VNNI operands of this type faster than it multiplies them widened: with
-// AMX, and for bf16 with AVX512-BF16 (twice the fp32 rate).
-bool has_pairs(at::ScalarType dtype) {
-  if (dtype == at::kFloat || !at::globalContext().userEnabledMkldnn()) return false;
-  if (at::native::cpublas::could_pack(dtype)) return true;
-  static const bool dot_products = [] {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") && takes_vnni();
-  }();
-  return dtype == at::kBFloat16 && dot_products;
-}
-
-template <typename In>
-Source<In> source_of(const Tensor& tensor, const int64_t* index) {
-  return {tensor.const_data_ptr<In>(), tensor.stride(0), tensor.stride(1), index};
-}
-
-std::vector<int64_t> scored_rows(const Tensor& target, int64_t ignore_index) {
-  std::vector<int64_t> rows;
-  const int64_t* y = target.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < target.size(0); ++t) {
-    if (y[t] != ignore_index) rows.push_back(t);
-  }
-  return rows;
-}
-
-template <typename T, typename In, typename F>
-void call(const Tensor& hidden, const Tensor& weight, const Tensor& target,
-          const std::vector<int64_t>& rows, const Transform& transform, const F& fn) {
-  const Head<T, In> head{source_of<In>(hidden, rows.data()),
-                         source_of<In>(weight, nullptr),
-                         weight.size(0),
-                         weight.size(1),
-                         transform,
-                         rows.data(),
-                         target.const_data_ptr<int64_t>(),
-                         static_cast<int64_t>(rows.size())};
-  fn(head);
-}
-
-// Calls fn with the Head of this call: fn is generic over the product type and the input type.
-template <typename F>
-void with_head(const Tensor& hidden, const Tensor& weight, const Tensor& target,
-               const std::optional<Tensor>& bias, const Options& options, const F& fn) {
-  const std::vector<int64_t> rows = scored_rows(target, options.ignore_index);
-  if (rows.empty()) return;
-  const Tensor bias_fp32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const Transform transform{bias ? bias_fp32.const_data_ptr<float>() : nullptr,
-                            static_cast<float>(options.softcap.value_or(0.0)),
-                            static_cast<float>(options.temperature)};
-  AT_DISPATCH_SWITCH(
-      hidden.scalar_type(), "linear_logprobs",
-      AT_DISPATCH_CASE(at::kFloat, [&] { call<float, scalar_t>(hidden, weight, target, rows, transform, fn); })
-      AT_DISPATCH_CASE(at::kBFloat16, [&] {
-        if (has_pairs(at::kBFloat16)) {
-          call<scalar_t, scalar_t>(hidden, weight, target, rows, transform, fn);
-        } else {
-          call<float, scalar_t>(hidden, weight, target, rows, transform, fn);
-        }
-      })
-      AT_DISPATCH_CASE(at::kHalf, [&] {
-        if (has_pairs(at::kHalf)) {
-          call<scalar_t, scalar_t>(hidden, weight, target, rows, transform, fn);
-        } else {
-          call<float, scalar_t>(hidden, weight, target, rows, transform, fn);
-        }
-      }));
-}
-
-// A gradient by row of hidden: every scored row is written, the others are zero.
-Tensor gradient_rows(const Tensor& hidden, const Tensor& target, int64_t ignore_index) {
-  Tensor rows = at::empty(hidden.sizes(), hidden.options());
-  const int64_t* y = target.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < hidden.size(0); ++t) {
-    if (y[t] == ignore_index) rows[t].zero_();
-  }
-  return rows;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& hidden, const Tensor& weight, const Tensor& target,
@@ -130,7 +33,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
                        need_unit ? unit.mutable_data_ptr() : nullptr,
                        hidden.size(1)};
   const Options options{temperature, softcap, ignore_index, workspace};
-  with_head(hidden, weight, target, bias, options, [&](const auto& head) {
+  const auto rows = scored_rows(target, ignore_index);
+  with_head(hidden, weight, target, rows, bias, options, [&](const auto& head) {
     if (need_unit) {
       forward_frozen(head, workspace, out);
     } else {
@@ -158,13 +62,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const BackwardOut out{need_hidden ? dhidden.mutable_data_ptr() : nullptr, hidden.size(1),
                         need_weight ? dweight.mutable_data_ptr() : nullptr,
                         wants_bias ? dbias.mutable_data_ptr<float>() : nullptr};
-  bool ran = false;
   const Options options{temperature, softcap, ignore_index, workspace};
-  with_head(hidden, weight, target, bias, options, [&](const auto& head) {
+  const auto rows = scored_rows(target, ignore_index);
+  with_head(hidden, weight, target, rows, bias, options, [&](const auto& head) {
     Backward(head, in, out, workspace).run();
-    ran = true;
   });
-  if (!ran) {
+  if (rows.empty()) {
     dweight.zero_();
     dbias.zero_();
   }
