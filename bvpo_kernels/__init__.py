@@ -6,6 +6,7 @@ from bvpo_kernels.logprobs import linear_logprobs
 from bvpo_kernels.losses import bvpo_loss
 from bvpo_kernels.mixing import AlphaEstimator, StepStats, alpha_star, mixing_weights
 from bvpo_kernels.packing import PackPlan, pack, plan_packs, segment_sum, unpack
+from bvpo_kernels.tail import Certificate, tail_certificates
 from bvpo_kernels.types import (
     EMPTY,
     IGNORE_INDEX,
@@ -24,6 +25,7 @@ __all__ = [
     "TRACE",
     "AlphaEstimator",
     "BVPOLoss",
+    "Certificate",
     "GradStats",
     "PackPlan",
     "PackedBatch",
@@ -38,6 +40,7 @@ __all__ = [
     "pack",
     "plan_packs",
     "segment_sum",
+    "tail_certificates",
     "unpack",
 ]
 __version__ = "0.1.0"

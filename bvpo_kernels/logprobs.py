@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bvpo_kernels import backends, ops, scope  # noqa: F401  (ops registers the operators)
 from bvpo_kernels.reference import logprobs as reference_logprobs
+from bvpo_kernels.tail import logprobs as tail_logprobs
 from bvpo_kernels.types import IGNORE_INDEX
 
 DEFAULT_WORKSPACE_BYTES = 128 * 2**20
@@ -60,8 +61,12 @@ def _validate_shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tenso
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
 
 
-def _unsupported(name: str, device: str, dtype: torch.dtype) -> str:
+def _unsupported(name: str, device: str, dtype: torch.dtype, sparse: bool) -> str:
     """Why a backend that is installed cannot serve these inputs; '' when it can."""
+    if sparse and name in ("triton", "cuda"):
+        return "it has no sparse backward (tail_tolerance > 0)"
+    if sparse and name == "eager" and device != "cpu":
+        return f"its sparse backward serves CPU tensors, got {device}"
     if name == "cpp" and device != "cpu":
         return f"it serves CPU tensors, got {device}"
     if name == "cpp" and dtype == torch.float64:
@@ -125,8 +130,9 @@ def linear_logprobs(
         temperature: divides the logits, after the softcap.
         softcap: c of z -> c tanh(z / c) (Gemma), or None.
         ignore_index: target of rows that are not scored: result 0, no gradient, and on CPU no work.
-        tail_tolerance: probability mass per token that the backward may leave out, certified;
-            0 (exact) is the only value of this version, others raise NotImplementedError.
+        tail_tolerance: probability per token that the backward may leave out, relative to the
+            largest upstream gradient; 0 is exact. The error is bounded (`tail_certificates`).
+            While gradient statistics are collected the backward is exact.
         workspace_bytes: bound on temporary memory, default 128 MiB, on a GPU 1 GiB; never
             depends on T.
         return_entropy: also return the entropy of each row, in nats, [T]. Not differentiable.
@@ -139,6 +145,8 @@ def linear_logprobs(
     The schedule follows from what needs a gradient (T V D multiply-adds, two FLOPs each):
     nothing: 2 TVD; hidden only: 4 TVD, the unit gradient W_y - sum_v p_v W_v being formed in the
     forward and scaled in the backward; weight or bias: 8 TVD, the tile of logits being recomputed.
+    With tail_tolerance > 0: 2 TVD, and 6 (4 for hidden only) for the share of tokens whose
+    softmax has no short list of entries; the lists take at most another `workspace_bytes`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given.
@@ -152,18 +160,24 @@ def linear_logprobs(
     owner = (weight, bias)
     hidden, weight = _autocast(device, hidden, weight)  # type: ignore[assignment]
     _validate(hidden, weight, target, bias, temperature, softcap, tail_tolerance, workspace)
-    if tail_tolerance > 0:
-        raise NotImplementedError("tail_tolerance > 0: the certified sparse backward is not built")
-    dtype = hidden.dtype
-    chosen = backends.choose(impl, lambda name: _unsupported(name, device, dtype))
-    target = target.to(torch.int64)
-    grad = torch.is_grad_enabled()
+    dtype, grad = hidden.dtype, torch.is_grad_enabled()
     weight_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
+    sparse = tail_tolerance > 0 and grad and (hidden.requires_grad or weight_grad)
+    chosen = backends.choose(impl, lambda name: _unsupported(name, device, dtype, sparse))
+    target = target.to(torch.int64)
     if scope.active is not None and grad and weight_grad:
         options = (temperature, softcap, ignore_index, workspace, return_entropy, chosen)
         measured = scope.active.head_logprobs(hidden, weight, target, bias, owner, options)
         if measured is not None:
             return (measured[0], measured[1].detach()) if return_entropy else measured[0]
+    if sparse:
+        sparse_options = tail_logprobs.Options(
+            temperature, softcap, ignore_index, workspace, tail_tolerance
+        )
+        logprobs, entropy = tail_logprobs.linear_logprobs(
+            hidden, weight, target, bias, sparse_options, return_entropy, chosen
+        )
+        return (logprobs, entropy.detach()) if return_entropy else logprobs
     if chosen == "reference":
         logprobs, entropy = reference_logprobs.linear_logprobs(
             hidden, weight, target, bias_V=bias, temperature=temperature, softcap=softcap,

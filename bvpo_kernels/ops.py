@@ -98,7 +98,7 @@ if not backends.MISSING["triton"]:  # importing these modules needs triton
     _SEGMENT_SUM["triton"] = (triton_packing.segment_sum, triton_packing.segment_spread)
 
 
-def _check_target_values(target_T: Tensor, vocab: int, ignore_index: int) -> None:
+def check_target_values(target_T: Tensor, vocab: int, ignore_index: int) -> None:
     """Targets must lie in [0, V) or be `ignore_index`; on a GPU the check stays on the device."""
     valid_T = ((target_T >= 0) & (target_T < vocab)) | (target_T == ignore_index)
     if target_T.is_cuda:
@@ -124,7 +124,7 @@ def _logprobs_forward(
     need_unit_grad: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    _check_target_values(target, weight.shape[0], ignore_index)
+    check_target_values(target, weight.shape[0], ignore_index)
     return _LOGPROBS[impl].forward(
         hidden, weight, target, bias, temperature, softcap, ignore_index, workspace_bytes,
         need_entropy, need_unit_grad,
@@ -174,7 +174,7 @@ def _logprobs_backward(
     )  # fmt: skip
 
 
-def _backward_buffers(
+def backward_buffers(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, need: tuple[bool, bool, bool], make: Any
 ) -> tuple[Tensor, ...]:
     dhidden = make(hidden.shape if need[0] else 0, dtype=hidden.dtype, device=hidden.device)
@@ -190,7 +190,7 @@ def _logprobs_backward_fake(
     ignore_index, workspace_bytes, need_hidden, need_weight, need_bias, impl,
 ):  # fmt: skip
     need = (need_hidden, need_weight, need_bias)
-    return _backward_buffers(hidden, weight, bias, need, torch.empty)
+    return backward_buffers(hidden, weight, bias, need, torch.empty)
 
 
 def _logprobs_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -8,7 +8,7 @@ cancel when p_y -> 1, and neither does the target's gradient 1 - p_y = -expm1(lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +73,7 @@ def ranges(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
-def _logits(hidden_TD: Tensor, head: Head, columns: slice) -> tuple[Tensor, Tensor | None]:
+def logits_tile(hidden_TD: Tensor, head: Head, columns: slice) -> tuple[Tensor, Tensor | None]:
     """A tile of final logits and, with a softcap, its derivative factor 1 - tanh^2."""
     z = mm(hidden_TD, head.weight_VD[columns].T)
     if head.bias_V is not None:
@@ -86,14 +86,14 @@ def _logits(hidden_TD: Tensor, head: Head, columns: slice) -> tuple[Tensor, Tens
     return z.div_(head.temperature) if head.temperature != 1.0 else z, slope
 
 
-def _target_column(target_T: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+def target_column(target_T: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Rows whose target lies in this tile (mask) and a column index that is valid for all rows."""
     inside_T = (target_T >= columns.start) & (target_T < columns.stop)
     index_T1 = (target_T - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None]
     return inside_T, index_T1
 
 
-def _set_target(tile: Tensor, inside_T: Tensor, index_T1: Tensor, value_T: Tensor) -> Tensor:
+def set_target(tile: Tensor, inside_T: Tensor, index_T1: Tensor, value_T: Tensor) -> Tensor:
     """Overwrite each row's target entry where it is inside the tile; return the old entries."""
     old_T1 = tile.gather(1, index_T1)
     tile.scatter_(1, index_T1, torch.where(inside_T[:, None], value_T[:, None], old_T1))
@@ -113,9 +113,9 @@ def _forward_rows(
     weighted_z_T = torch.zeros(num_tokens, **new)
     unit_TD = torch.zeros(hidden_TD.shape, **new) if unit else None
     for columns in ranges(head.weight_VD.shape[0], vocab_tile):
-        z, slope = _logits(hidden_TD, head, columns)
-        inside_T, index_T1 = _target_column(target_T, columns)
-        old_T = _set_target(z, inside_T, index_T1, minus_inf_T)
+        z, slope = logits_tile(hidden_TD, head, columns)
+        inside_T, index_T1 = target_column(target_T, columns)
+        old_T = set_target(z, inside_T, index_T1, minus_inf_T)
         target_z_T = torch.where(inside_T, old_T, target_z_T)
         new_max_T = torch.maximum(max_T, z.amax(1))
         # A tile may hold nothing but the target: then its maximum is -inf, and shifting by it NaN.
@@ -126,7 +126,7 @@ def _forward_rows(
             shifted = z - shift_T[:, None]
             p = shifted.exp()
             weighted_z_T.add_(torch.where(sum_T > 0, max_T - shift_T, 0.0) * sum_T)
-            _set_target(shifted, inside_T, index_T1, torch.zeros_like(shift_T))
+            set_target(shifted, inside_T, index_T1, torch.zeros_like(shift_T))
             weighted_z_T.mul_(rescale_T).add_((p * shifted).sum(1))
         else:
             p = z.sub_(shift_T[:, None]).exp_()
@@ -208,19 +208,25 @@ class BackwardInputs(NamedTuple):
 
 def dlogits(rows: BackwardInputs, head: Head, columns: slice) -> Tensor:
     """d loss / d (h W^T + b) for one tile, recomputed, in the accumulation dtype."""
-    z, slope = _logits(rows.hidden_TD, head, columns)
+    z, slope = logits_tile(rows.hidden_TD, head, columns)
     z.sub_(rows.max_T[:, None]).sub_(rows.logsum_T[:, None]).exp_()
     upstream_T = rows.dlogprobs_T / head.temperature
     z.mul_(-upstream_T[:, None])
-    inside_T, index_T1 = _target_column(rows.target_T, columns)
-    _set_target(z, inside_T, index_T1, -torch.expm1(rows.logprobs_T) * upstream_T)
+    inside_T, index_T1 = target_column(rows.target_T, columns)
+    set_target(z, inside_T, index_T1, -torch.expm1(rows.logprobs_T) * upstream_T)
     return z.mul_(slope) if slope is not None else z
 
 
-def _backward_scored(
-    inputs: BackwardInputs, head: Head, workspace: int, need: tuple[bool, bool, bool]
+def backward_scored(
+    inputs: BackwardInputs,
+    head: Head,
+    workspace: int,
+    need: tuple[bool, bool, bool],
+    add_columns: Callable[[slice, Tensor | None, Tensor], None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Exact gradients of hidden, weight and bias by recomputing each tile once (8 TVD in all).
+
+    `add_columns` adds what other tokens contribute to a tile of dW and of dbias, before rounding.
 
     Both weight and hidden need a fp32 accumulator unless one of them is finished tile by tile.
     Vocabulary tiles run outermost, so dW is finished tile by tile and dH accumulates over T x D
@@ -232,9 +238,9 @@ def _backward_scored(
     acc = accumulate_dtype(hidden_TD.dtype)
     fits = acc == hidden_TD.dtype or hidden_TD.numel() * acc.itemsize <= workspace // 2
     if need_hidden and (need_weight or need_bias) and not fits:
-        dhidden_TD, _, _ = _backward_scored(inputs, head, workspace, (True, False, False))
-        _, dweight_VD, dbias_V = _backward_scored(
-            inputs, head, workspace, (False, need_weight, need_bias)
+        dhidden_TD, _, _ = backward_scored(inputs, head, workspace, (True, False, False))
+        _, dweight_VD, dbias_V = backward_scored(
+            inputs, head, workspace, (False, need_weight, need_bias), add_columns
         )
         return dhidden_TD, dweight_VD, dbias_V
     if need_hidden and not (need_weight or need_bias):
@@ -258,6 +264,8 @@ def _backward_scored(
                 dweight_tile += mm(dz.T, chunk.hidden_TD)
             if dhidden_TD is not None:
                 dhidden_TD[rows] += mm(dz, weight_tile)
+        if add_columns is not None:
+            add_columns(columns, dweight_tile, dbias_tile)
         if dweight_VD is not None and dweight_tile is not None:
             dweight_VD[columns] = dweight_tile
         if dbias_V is not None:
@@ -357,7 +365,7 @@ def backward(
     if rows is not None:
         inputs = BackwardInputs(*(tensor[rows] for tensor in inputs))
     need = (need_hidden, need_weight, need_bias)
-    dhidden, dweight, dbias = _backward_scored(inputs, head, workspace, need)
+    dhidden, dweight, dbias = backward_scored(inputs, head, workspace, need)
     return (
         hidden_TD.new_empty(0) if dhidden is None else expand(dhidden, rows, num_tokens),
         weight_VD.new_empty(0) if dweight is None else dweight,

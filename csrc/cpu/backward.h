@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <functional>
 #include <numeric>
 
 #include "head.h"
@@ -23,6 +24,10 @@ struct BackwardOut {
   void* dweight;  // [V, D], contiguous
   float* dbias;   // [V]
 };
+
+// Adds what tokens outside of this call contribute to row v of dW (in fp32, before it is rounded;
+// null where dW is not wanted) and returns their contribution to the bias.
+using RowAdder = std::function<float(int64_t v, float* row)>;
 
 // Per-token vectors in the order of the scored tokens, padded with harmless values.
 struct TokenVectors {
@@ -54,8 +59,10 @@ struct TokenVectors {
 template <typename T, typename In>
 class Backward {
  public:
-  Backward(const Head<T, In>& head, const BackwardIn& in, const BackwardOut& out, int64_t workspace)
-      : head_(head), out_(out), workspace_(workspace), vectors_(head, in), order_(head.num_tokens) {
+  Backward(const Head<T, In>& head, const BackwardIn& in, const BackwardOut& out, int64_t workspace,
+           const RowAdder& others = {})
+      : head_(head), out_(out), workspace_(workspace), others_(others), vectors_(head, in),
+        order_(head.num_tokens) {
     std::iota(order_.begin(), order_.end(), 0);
     std::stable_sort(order_.begin(), order_.end(),
                      [&](int64_t a, int64_t b) { return target(a) < target(b); });
@@ -257,6 +264,10 @@ class Backward {
             row[d] += own * static_cast<float>(h[d * head_.hidden.column_stride]);
           }
         }
+        if (others_) {
+          const float sum = others_(panel.first + v, out_.dweight ? row : nullptr);
+          if (out_.dbias) panel.row_sums[v] += sum;
+        }
         if (out_.dbias) out_.dbias[panel.first + v] = panel.row_sums[v];
         if (!out_.dweight) continue;
         In* out = static_cast<In*>(out_.dweight) + (panel.first + v) * head_.dim;
@@ -290,6 +301,7 @@ class Backward {
   const Head<T, In>& head_;
   const BackwardOut& out_;
   const int64_t workspace_;
+  const RowAdder others_;
   TokenVectors vectors_;
   std::vector<int64_t> order_;  // tokens by target
   int64_t panel_ = kPanel;
