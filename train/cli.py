@@ -6,10 +6,14 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from train.config import RunConfig
+from train.evaluation.config import EvaluateConfig
+from train.study.config import StudyConfig
 
 # command -> (module with `run(cfg)`, help). Modules are imported when their command runs: `--help`
 # must not wait for transformers.
@@ -18,14 +22,20 @@ COMMANDS = {
     "rank": ("train.rank", "score the answers and write best-worst pairs"),
     "cache-ref": ("train.reference", "compute and store the reference model's scores"),
     "train": ("train.loop", "train with the BVPO loss"),
+    "evaluate": ("train.evaluation.run", "answer a benchmark's questions, with scores or files"),
+    "study": ("train.study.run", "measure, on a small model, whether a* minimises and helps"),
 }
+# Commands with options of their own; the others share those of `RunConfig`.
+CONFIGS: dict[str, type] = {"evaluate": EvaluateConfig, "study": StudyConfig}
+# Options that take no value.
+SWITCHES = {"quick": "small sizes: minutes, and nothing to conclude from"}
 # Set to 1 to see where an error was raised.
 DEBUG_VARIABLE = "BVPO_DEBUG"
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
 
 
 def build_command_parser(name: str) -> ArgumentParser:
-    """The parser of one command: the fields of `RunConfig`, all with defaults."""
+    """The parser of one command: the fields of its configuration, all with defaults."""
     parser = ArgumentParser(
         description=COMMANDS[name][1],
         # The generated usage, repeated with every error, is 80 lines.
@@ -34,7 +44,11 @@ def build_command_parser(name: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file with these options")
-    parser.add_class_arguments(RunConfig)
+    config = CONFIGS.get(name, RunConfig)
+    parser.add_class_arguments(config, skip=set(SWITCHES))
+    for switch, text in SWITCHES.items():
+        if switch in {field.name for field in fields(config)}:
+            parser.add_argument(f"--{switch}", action="store_true", help=text)
     return parser
 
 
@@ -43,7 +57,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m train",
         description="BVPO: sample responses, rank them into pairs, train on the pairs.",
-        epilog="--print_config without a command prints the options of all commands.",
+        epilog="--print_config without a command prints the options of sample, rank and train.",
         allow_abbrev=False,
     )
     subcommands = parser.add_subcommands(dest="command")
@@ -52,16 +66,16 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[str, RunConfig]:
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     """Command and configuration of a command line; exits with code 2 on one that is malformed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith("--print_config"):
-        arguments = ["train", *arguments]  # the options are the same for every command
+        arguments = ["train", *arguments]  # most commands share these options
     parser = build_parser()
     values = parser.instantiate(parser.parse_args(arguments))
     options: Namespace = values[values.command]
     del options["config"]
-    return values.command, RunConfig(**vars(options))
+    return values.command, CONFIGS.get(values.command, RunConfig)(**vars(options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

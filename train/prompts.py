@@ -44,7 +44,7 @@ def load_prompts(cfg: PromptsConfig) -> list[Prompt]:
     if cfg.path is None:
         raise ValueError(f"prompts.path: expected a path for source {cfg.source}, got None")
     records = read_jsonl(Path(cfg.path)) if cfg.source == "jsonl" else _dataset(cfg)
-    return _from_records(records, cfg.size)
+    return from_records(records, cfg.size)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -115,7 +115,13 @@ def _messages(record: Mapping[str, Any], where: str) -> list[Message]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _from_records(records: Iterable[tuple[str, dict[str, Any]]], size: int) -> list[Prompt]:
+def from_records(records: Iterable[tuple[str, dict[str, Any]]], size: int) -> list[Prompt]:
+    """The first `size` of ("file:line", record with `prompt` or `messages`, and optionally `id`,
+    `answer` and `metadata`).
+
+    Raises:
+        ValueError: for a malformed record or a repeated id, naming it; for no record at all.
+    """
     prompts: dict[str, Prompt] = {}
     for where, record in records:
         if len(prompts) == size:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -134,7 +134,10 @@ def end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws responses; temperature and nucleus are the configuration's, nothing else applies."""
+    """Draws responses; temperature and nucleus are the configuration's, nothing else applies.
+
+    Temperature 0 takes the likeliest token.
+    """
 
     model: Any
     tokenizer: Any
@@ -145,9 +148,14 @@ class Sampler:
         # (top_k, penalties): here they must not leak into the samples.
         ends = end_ids(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id
+        options: dict[str, Any] = {"do_sample": False}
+        if self.cfg.temperature > 0:
+            options = {
+                "do_sample": True, "temperature": self.cfg.temperature, "top_p": self.cfg.top_p,
+                "top_k": 0,
+            }  # fmt: skip
         self.model.generation_config = GenerationConfig(
-            do_sample=True, temperature=self.cfg.temperature, top_p=self.cfg.top_p, top_k=0,
-            num_return_sequences=self.cfg.num_responses, eos_token_id=ends,
+            **options, num_return_sequences=self.cfg.num_responses, eos_token_id=ends,
             pad_token_id=ends[0] if pad is None else pad,
         )  # fmt: skip
 
@@ -172,21 +180,41 @@ class Sampler:
         n = self.cfg.num_responses
         return [flat[start : start + n] for start in range(0, len(flat), n)]
 
+    @property
+    def ends(self) -> Sequence[int]:
+        return self.model.generation_config.eos_token_id
+
     def is_finished(self, ids: Sequence[int]) -> bool:
-        ends = self.model.generation_config.eos_token_id
-        return bool(ids) and ids[-1] in ends
+        return bool(ids) and ids[-1] in self.ends
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+        stop = next((i + 1 for i, token in enumerate(ids) if token in self.ends), len(ids))
         return ids[:stop]
 
-    def describe(self, ids: list[int]) -> dict[str, Any]:
-        """A response as it is stored."""
-        finished = self.is_finished(ids)
-        # Markers may be special tokens of the tokenizer: only the end id is taken out of the text.
-        text = self.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
-        return {"ids": ids, "finished": finished, "text": text}
+
+class Engine(Protocol):
+    """What draws responses: `Sampler`, or another library behind the same calls."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the model."""
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """Ids that end a response."""
+
+    def draw(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int
+    ) -> list[list[list[int]]]:
+        """[prompt][response] -> ids as generated, up to and including the end id."""
+
+
+def describe(engine: Engine, ids: list[int]) -> dict[str, Any]:
+    """A response as it is stored."""
+    finished = bool(ids) and ids[-1] in engine.ends
+    # Markers may be special tokens of the tokenizer: only the end id is taken out of the text.
+    text = engine.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+    return {"ids": ids, "finished": finished, "text": text}
 
 
 def batch_seed(seed: int, mode: str, batch: int) -> int:
@@ -196,18 +224,19 @@ def batch_seed(seed: int, mode: str, batch: int) -> int:
 
 
 def sample_batch(
-    sampler: Sampler, prompts: Sequence[Prompt], batch: int, cfg: RunConfig
-) -> list[dict[str, Any]]:
-    """The records of a batch of prompts, both modes."""
+    sampler: Engine, prompts: Sequence[Prompt], batch: int, cfg: RunConfig,
+    modes: Sequence[str] = tuple(KIND_OF_MODE),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The records of a batch of prompts in some modes."""
     inputs = [build_prompts(sampler.tokenizer, prompt, cfg.model, cfg.sample) for prompt in prompts]
     records = [{**asdict(prompt), "modes": {}} for prompt in prompts]
-    for mode in KIND_OF_MODE:
+    for mode in modes:
         limit = cfg.sample.max_new_tokens if mode == THINKING else cfg.sample.max_new_tokens_empty
         drawn = sampler.draw(
             [ids[mode] for ids in inputs], limit, batch_seed(cfg.seed, mode, batch)
         )
         for record, ids, responses in zip(records, inputs, drawn, strict=True):
-            described = [sampler.describe(response) for response in responses]
+            described = [describe(sampler, response) for response in responses]
             record["modes"][mode] = {"prompt_ids": ids[mode], "responses": described}
     return records
 
@@ -230,23 +259,44 @@ def run(cfg: RunConfig) -> None:
     """`sample`: responses of the configured prompts into `run_dir`; finished prompts are kept."""
     check_config(cfg.sample)
     prompts = load_prompts(cfg.prompts)
+    path = fill(cfg, prompts, load_sampler)
+    print(f"responses of {len(prompts)} prompts: {path}")
+
+
+def load_sampler(cfg: RunConfig) -> Sampler:
+    """The configured model behind transformers' generate."""
     model, tokenizer = load_model(replace(cfg.model, param_dtype=cfg.model.compute_dtype))
-    path, current = responses_path(cfg), settings(cfg, tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Sampler(model.to(device), tokenizer, cfg.sample)  # type: ignore[arg-type]
+
+
+def fill(
+    cfg: RunConfig, prompts: Sequence[Prompt], load: Callable[[RunConfig], Engine],
+    modes: Sequence[str] = tuple(KIND_OF_MODE),
+) -> Path:  # fmt: skip
+    """The file of responses in `run_dir`, with those of `prompts` that it lacks appended.
+
+    Raises:
+        ValueError: if it was sampled with other settings, or with other messages under an id.
+    """
+    sampler = load(cfg)
+    path, current = responses_path(cfg), settings(cfg, sampler.tokenizer)
+    if tuple(modes) != tuple(KIND_OF_MODE):
+        current["modes"] = list(modes)
     done: set[str] = set()
     if path.exists():
         check_settings(current, path)
         _drop_unfinished_line(path)
         done = finished_prompts(path, prompts)
     write_json(meta_path(path), {"settings": current, **provenance()})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = Sampler(model.to(device), tokenizer, cfg.sample)  # type: ignore[arg-type]
-    _sample_all(sampler, prompts, done, cfg, path)
-    print(f"responses of {len(prompts)} prompts: {path}")
+    _sample_all(sampler, prompts, done, cfg, path, modes)
+    return path
 
 
 def _sample_all(
-    sampler: Sampler, prompts: Sequence[Prompt], done: set[str], cfg: RunConfig, path: Path
-) -> None:
+    sampler: Engine, prompts: Sequence[Prompt], done: set[str], cfg: RunConfig, path: Path,
+    modes: Sequence[str],
+) -> None:  # fmt: skip
     """Sample the batches that lack a prompt, and append the prompts that are not there."""
     size = cfg.sample.prompts_per_batch
     tokens, start = 0, time.monotonic()
@@ -258,7 +308,7 @@ def _sample_all(
             members = prompts[batch * size : (batch + 1) * size]
             if any(prompt.prompt_id not in done for prompt in members):
                 # The whole batch again, so that its samples are those of an uninterrupted run.
-                for record in sample_batch(sampler, members, batch, cfg):
+                for record in sample_batch(sampler, members, batch, cfg, modes):
                     tokens += _count_tokens(record)
                     if record["prompt_id"] not in done:
                         file.write(json.dumps(record) + "\n")

@@ -1,0 +1,134 @@
+"""`evaluate`: generate what is missing, then write the benchmark's files or judge the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from train.config import PromptsConfig, RunConfig, SampleConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.engines import loader
+from train.evaluation.intervals import Estimate, summarize
+from train.evaluation.questions import ANSWER_FILES, load_questions
+from train.evaluation.scores import build_judge, score_responses
+from train.evaluation.writers import Answer, write_answers
+from train.models import load_tokenizer
+from train.modes import KIND_OF_MODE
+from train.pairs import provenance, write_json
+from train.prompts import Prompt
+from train.rank import format_table
+from train.sample import fill, read_responses
+
+
+def run_config(cfg: EvaluateConfig) -> RunConfig:
+    """The configuration of the sampler: what its responses depend on."""
+    return RunConfig(
+        run_dir=cfg.run_dir, seed=cfg.seed, model=cfg.model,
+        prompts=PromptsConfig(
+            source="reasoning_gym" if cfg.benchmark == "reasoning_gym" else "jsonl",
+            path=f"{cfg.benchmark}: {cfg.data or 'its own dataset'}", split=cfg.split or "",
+            tasks=cfg.tasks if cfg.benchmark == "reasoning_gym" else {}, seed=cfg.seed,
+        ),
+        sample=SampleConfig(
+            num_responses=cfg.samples, temperature=cfg.temperature, top_p=cfg.top_p,
+            max_new_tokens=cfg.max_new_tokens, max_new_tokens_empty=cfg.max_new_tokens,
+            prompts_per_batch=cfg.batch,
+        ),
+    )  # fmt: skip
+
+
+def check(cfg: EvaluateConfig) -> None:
+    """ValueError naming the option that is out of range."""
+    for name in ("samples", "max_new_tokens", "batch", "bootstrap"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(cfg, name)}")
+    if cfg.limit is not None and cfg.limit < 1:
+        raise ValueError(f"limit: expected at least 1, got {cfg.limit}")
+    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1:
+        raise ValueError(
+            f"temperature, top_p: expected >= 0 and (0, 1], got {cfg.temperature}, {cfg.top_p}"
+        )
+    if cfg.temperature == 0 and cfg.samples > 1:
+        raise ValueError(f"samples: expected 1 at temperature 0, got {cfg.samples}")
+    if not cfg.modes or len(set(cfg.modes)) != len(cfg.modes):
+        raise ValueError(f"modes: expected one or both of {list(KIND_OF_MODE)}, got {cfg.modes}")
+
+
+def generator_name(cfg: EvaluateConfig, mode: str) -> str:
+    """The name under which a mode's answers appear: a file name, too."""
+    name = cfg.generator or Path(cfg.model.name.rstrip("/")).name
+    return f"{name}-{mode}"
+
+
+def write_files(
+    records: Sequence[Mapping[str, Any]], cfg: EvaluateConfig, mode: str
+) -> dict[str, Any]:
+    """The benchmark's answer file: the first sample of each question, empty where it never ended
+    its trace."""
+    tokenizer, answers, empty = load_tokenizer(cfg.model), [], 0
+    for record in records:
+        text = record["modes"][mode]["responses"][0]["text"]
+        _, marker, after = text.rpartition(cfg.model.trace_close)
+        # In NoThinking mode the prompt has closed the trace.
+        answer = after.strip() if marker or mode == "no_thinking" else ""
+        empty += not answer
+        tokens = len(tokenizer(answer, add_special_tokens=False).input_ids)
+        answers.append(Answer(record["task"]["entry"]["metadata"], answer, tokens))
+    folder = Path(cfg.run_dir) / cfg.benchmark
+    path = write_answers(cfg.benchmark, answers, generator_name(cfg, mode), folder)
+    print(f"{mode}: {len(answers)} answers, {empty} of them empty: {path}")
+    return {"file": str(path), "answers": len(answers), "empty": empty}
+
+
+def judge_answers(
+    records: Sequence[Mapping[str, Any]], cfg: EvaluateConfig, mode: str
+) -> dict[str, Any]:
+    """Scores, avg@k and pass@k of one mode."""
+    scores, counts = score_responses(records, mode, build_judge(cfg.benchmark), cfg)
+    lengths = [
+        len(response["ids"])
+        for record in records
+        for response in record["modes"][mode]["responses"]
+    ]
+    by_id = dict(zip([record["prompt_id"] for record in records], scores, strict=True))
+    return {
+        "summary": {n: asdict(e) for n, e in summarize(scores, cfg.bootstrap, cfg.seed).items()},
+        "mean_tokens": sum(lengths) / len(lengths), "counts": dict(counts), "scores": by_id,
+    }  # fmt: skip
+
+
+def records_of(prompts: Sequence[Prompt], path: Path) -> list[dict[str, Any]]:
+    """Responses in the order of the questions; others in the file are left out."""
+    stored = {record["prompt_id"]: record for _, record in read_responses(path)}
+    return [stored[prompt.prompt_id] for prompt in prompts]
+
+
+def run(cfg: EvaluateConfig) -> None:
+    """`evaluate`: from the configuration to `run_dir`/results.json and the benchmark's files."""
+    check(cfg)
+    prompts = load_questions(cfg)
+    modes = [mode for mode in KIND_OF_MODE if mode in cfg.modes]
+    records = records_of(prompts, fill(run_config(cfg), prompts, loader(cfg), modes))
+    step = write_files if cfg.benchmark in ANSWER_FILES else judge_answers
+    results: dict[str, dict[str, Any]] = {mode: step(records, cfg, mode) for mode in modes}
+    path = Path(cfg.run_dir) / "results.json"
+    write_json(path, {"benchmark": cfg.benchmark, "questions": len(prompts),
+                      "settings": asdict(cfg), "results": results, **provenance()})  # fmt: skip
+    if step is judge_answers:
+        print(table(results))
+    print(f"results: {path}")
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Percentages with their intervals, one row per metric, one column per mode."""
+    rows: dict[str, dict[str, float]] = {}
+    for mode, result in results.items():
+        for name, values in result["summary"].items():
+            estimate = Estimate(**values)
+            column = rows.setdefault(mode, {})
+            column[f"{name}, %"] = round(100 * estimate.mean, 2)
+            column[f"{name}, from"] = round(100 * estimate.low, 2)
+            column[f"{name}, to"] = round(100 * estimate.high, 2)
+    return format_table(rows)
