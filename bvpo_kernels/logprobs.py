@@ -61,12 +61,14 @@ def _validate_shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tenso
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
 
 
-def _unsupported(name: str, device: str, dtype: torch.dtype, sparse: bool) -> str:
+def _unsupported(name: str, device: str, dtype: torch.dtype, sparse: bool, sharded: bool) -> str:
     """Why a backend that is installed cannot serve these inputs; '' when it can."""
     if sparse and name in ("triton", "cuda"):
         return "it has no sparse backward (tail_tolerance > 0)"
     if sparse and name == "eager" and device != "cpu":
         return f"its sparse backward serves CPU tensors, got {device}"
+    if name == "reference" and sharded:
+        return "it needs the whole vocabulary on one rank, got a sharded weight"
     if name == "cpp" and device != "cpu":
         return f"it serves CPU tensors, got {device}"
     if name == "cpp" and dtype == torch.float64:
@@ -124,7 +126,9 @@ def linear_logprobs(
 
     Args:
         hidden: [T, D], bf16, fp16, fp32 or fp64. T = 0 is allowed.
-        weight: [V, D], dtype and device of `hidden`. Any V and D.
+        weight: [V, D], dtype and device of `hidden`. Any V and D. A DTensor with Shard(0) is a
+            vocabulary spread over ranks that all hold the same `hidden` and `target`: every rank
+            gets the same result, and its own rows of dW (`bvpo_kernels/vocab_parallel.py`).
         target: [T], int64 or int32, in [0, V), or `ignore_index` for a row that is not scored.
         bias: [V] or None, any float dtype.
         temperature: divides the logits, after the softcap.
@@ -158,15 +162,26 @@ def linear_logprobs(
     default = DEFAULT_CUDA_WORKSPACE_BYTES if device == "cuda" else DEFAULT_WORKSPACE_BYTES
     workspace = default if workspace_bytes is None else workspace_bytes
     owner = (weight, bias)
+    sharded = False
+    if getattr(weight, "placements", None) is not None:  # a DTensor, whose module is slow to import
+        from bvpo_kernels import vocab_parallel
+
+        sharded = not vocab_parallel.is_replicated(weight)
+        if not sharded:
+            hidden, weight, target, bias = vocab_parallel.unwrap(hidden, weight, target, bias)
     hidden, weight = _autocast(device, hidden, weight)  # type: ignore[assignment]
     _validate(hidden, weight, target, bias, temperature, softcap, tail_tolerance, workspace)
     dtype, grad = hidden.dtype, torch.is_grad_enabled()
     weight_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     sparse = tail_tolerance > 0 and grad and (hidden.requires_grad or weight_grad)
-    chosen = backends.choose(impl, lambda name: _unsupported(name, device, dtype, sparse))
+    if sparse and sharded:
+        raise ValueError(f"tail_tolerance: expected 0 for a sharded weight, got {tail_tolerance}")
+    chosen = backends.choose(impl, lambda name: _unsupported(name, device, dtype, sparse, sharded))
     target = target.to(torch.int64)
+    options = (temperature, softcap, ignore_index, workspace, return_entropy, chosen)
     if scope.active is not None and grad and weight_grad:
-        options = (temperature, softcap, ignore_index, workspace, return_entropy, chosen)
+        if sharded:
+            raise ValueError("weight: gradient statistics need the whole vocabulary on one rank")
         measured = scope.active.head_logprobs(hidden, weight, target, bias, owner, options)
         if measured is not None:
             return (measured[0], measured[1].detach()) if return_entropy else measured[0]
@@ -178,6 +193,11 @@ def linear_logprobs(
             hidden, weight, target, bias, sparse_options, return_entropy, chosen
         )
         return (logprobs, entropy.detach()) if return_entropy else logprobs
+    if sharded:
+        logprobs, entropy = vocab_parallel.linear_logprobs(
+            hidden, weight, target, bias, vocab_parallel.Options(*options)
+        )
+        return (logprobs, entropy) if return_entropy else logprobs
     if chosen == "reference":
         logprobs, entropy = reference_logprobs.linear_logprobs(
             hidden, weight, target, bias_V=bias, temperature=temperature, softcap=softcap,
