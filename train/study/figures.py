@@ -152,7 +152,8 @@ def draw_weights(results: Results) -> Figure | None:
         for place, (seed, run) in enumerate(results.arms[name].items()):
             color = ("#b3262e", "#2d7d46", "#1f5fa8", "#7a3b8f")[place % 4]
             axes.plot(*_series(run, "alpha"), color=color, lw=1.6, label=f"seed {seed}")
-            banded = [line for line in run["log"] if line.get("alpha_hi") is not None]
+            # Without a standard error (fewer than ten effective steps) there is no band.
+            banded = [line for line in run["log"] if line.get("alpha_se") is not None]
             steps = [line["step"] for line in banded]
             low, high = ([line[key] for line in banded] for key in ("alpha_lo", "alpha_hi"))
             axes.fill_between(steps, low, high, color=color, alpha=0.1, lw=0)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import MARGINAL, AlphaEstimator
-from bvpo_kernels.mixing.moments import MIN_ESS
+from bvpo_kernels.mixing.moments import MIN_ESS, MIN_UNITS
 from bvpo_kernels.mixing.optimum import t_quantile
 from bvpo_kernels.types import TRACE, Unit
 from train.head import FusedHeadLM
@@ -142,7 +142,11 @@ def moments_of(gram_KMKM: Tensor) -> dict[str, float]:
 
 
 def estimate(model: PreTrainedModel, units: Sequence[Unit], world: World) -> dict[str, Any]:
-    """a* of both references as the package measures it, from steps over the units."""
+    """a* of both references as the package measures it, from steps over the units.
+
+    The steps have half the units of a training step, so that there are enough of them for their
+    spread to give the interval; a* is that of a whole step.
+    """
     cfg = world.cfg
     policy = FusedHeadLM(model)
     head = model.get_output_embeddings()
@@ -152,13 +156,14 @@ def estimate(model: PreTrainedModel, units: Sequence[Unit], world: World) -> dic
         name: AlphaEstimator(reference=name, ema_halflife=float("inf"), warmup=0)
         for name in (TRACE, MARGINAL)
     }
-    for start in range(0, len(units) - cfg.units_per_step + 1, cfg.units_per_step):
-        part = units[start : start + cfg.units_per_step]
+    size = max(MIN_UNITS, cfg.units_per_step // 2)
+    for start in range(0, len(units) - size + 1, size):
+        part = units[start : start + size]
         step = measure(policy, stats, part, world.posterior, references, PROBE_TRACES, cfg.beta)
         for estimator in estimators.values():
             estimator.update(step)
     return {
-        name: {**asdict(estimator.estimate()), "log": estimator.log()}
+        name: {**asdict(estimator.estimate(cfg.units_per_step)), "log": estimator.log()}
         for name, estimator in estimators.items()
     }
 
