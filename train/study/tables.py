@@ -86,8 +86,8 @@ def curve_rows(results: Results) -> Rows:
 
 
 TRAINING = (
-    "step", "alpha", "loss", "grad_norm", "alpha_star", "alpha_se", "alpha_lo", "alpha_hi", "trS_t", "trS_e",
-    "trS_te", "delta_sq", "bias_t_sq", "bias_e_sq", "units_skipped", "seconds",
+    "step", "alpha", "loss", "grad_norm", "alpha_star", "alpha_se", "alpha_lo", "alpha_hi",
+    "trS_t", "trS_e", "trS_te", "delta_sq", "bias_t_sq", "bias_e_sq", "units_skipped", "seconds",
 )  # fmt: skip
 
 
