@@ -3,6 +3,7 @@
 from bvpo_kernels import losses
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.logprobs import linear_logprobs
+from bvpo_kernels.lora import lora_logprobs
 from bvpo_kernels.losses import bvpo_loss
 from bvpo_kernels.mixing import AlphaEstimator, StepStats, alpha_star, mixing_weights
 from bvpo_kernels.packing import PackPlan, pack, plan_packs, segment_sum, unpack
@@ -35,6 +36,7 @@ __all__ = [
     "alpha_star",
     "bvpo_loss",
     "linear_logprobs",
+    "lora_logprobs",
     "losses",
     "mixing_weights",
     "pack",

@@ -178,7 +178,7 @@ def finish_rows(
     return ForwardResult(logprobs_T, shift_T, logsum_T, entropy_T, unit_TD)
 
 
-def _forward_scored(
+def forward_scored(
     hidden_TD: Tensor, target_T: Tensor, head: Head, workspace: int, entropy: bool, unit: bool
 ) -> ForwardResult:
     """Schedules "scores only" (2 TVD) and, with `unit`, "frozen weight" (4 TVD).
@@ -244,7 +244,7 @@ def backward_scored(
         )
         return dhidden_TD, dweight_VD, dbias_V
     if need_hidden and not (need_weight or need_bias):
-        return _backward_hidden(inputs, head, workspace), None, None
+        return backward_hidden(inputs, head, workspace), None, None
 
     num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
     tokens, vocab_tile = tile_shape(num_tokens, vocab, hidden_TD.device, workspace)
@@ -275,7 +275,7 @@ def backward_scored(
     return dhidden_TD, dweight_VD, dbias_V
 
 
-def _backward_hidden(inputs: BackwardInputs, head: Head, workspace: int) -> Tensor:
+def backward_hidden(inputs: BackwardInputs, head: Head, workspace: int) -> Tensor:
     """dH alone: tokens outermost, so that the accumulator is one chunk of rows."""
     hidden_TD = inputs.hidden_TD
     num_tokens, vocab = hidden_TD.shape[0], head.weight_VD.shape[0]
@@ -329,7 +329,7 @@ def forward(
     target_T = target_T.masked_fill(ignored_T, 0)
     if rows is not None:
         hidden_TD, target_T = hidden_TD[rows], target_T[rows]
-    result = _forward_scored(hidden_TD, target_T, head, workspace, need_entropy, need_unit_grad)
+    result = forward_scored(hidden_TD, target_T, head, workspace, need_entropy, need_unit_grad)
     out = [hidden_TD.new_empty(0) if v is None else expand(v, rows, num_tokens) for v in result]
     if rows is None:
         out[0] = out[0].masked_fill(ignored_T, 0)
