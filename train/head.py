@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bvpo_kernels.integrations.transformers import logit_transform
 from bvpo_kernels.logprobs import linear_logprobs
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import IGNORE_INDEX, TRACE, PackedBatch, TokenPair, Unit
 from train.config import RunConfig
 from train.models import load_model
-
-# Names under which configurations of transformers scale the logits, and how.
-_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
-_DIVISORS = ("logits_scaling",)  # Granite
-_SOFTCAP = "final_logit_softcapping"  # Gemma 2 and later
-
-
-class LogitTransform(NamedTuple):
-    """z = softcap tanh((h W^T + b) / softcap) / temperature; see `linear_logprobs`."""
-
-    temperature: float = 1.0
-    softcap: float | None = None
-
-
-def logit_transform(config: Any) -> LogitTransform:
-    """What a model's own forward does to its logits, read from its configuration.
-
-    Raises:
-        ValueError: for a scale together with a softcap: their order differs between models.
-    """
-    text = config.get_text_config()
-    scale = 1.0
-    for name in _MULTIPLIERS:
-        scale *= getattr(text, name, None) or 1.0
-    for name in _DIVISORS:
-        scale /= getattr(text, name, None) or 1.0
-    softcap = getattr(text, _SOFTCAP, None)
-    if softcap is not None and scale != 1.0:
-        raise ValueError(
-            f"model: expected a logit scale or a softcap, got both ({scale}, {softcap}) in "
-            f"{type(text).__name__}"
-        )
-    return LogitTransform(1.0 / scale, softcap)
 
 
 class FusedHeadLM(nn.Module):
