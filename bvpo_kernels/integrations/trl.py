@@ -1,0 +1,383 @@
+"""`BVPOTrainer`: TRL's DPOTrainer on trace and empty-trace pairs, packed, with a* measured.
+
+    from bvpo_kernels.integrations.trl import BVPOConfig, BVPOTrainer
+    trainer = BVPOTrainer(model, ref_model, BVPOConfig("out", estimate_alpha=True),
+                          train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+
+Serves trl 1.15 and 1.16. Losses, metrics, reference handling and the training loop are TRL's own:
+it is handed per-token log-probabilities in the layout that it expects, which come from one packed
+row for both kinds and a head that forms no logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import DPOConfig, DPOTrainer
+
+from bvpo_kernels.grad_stats import GradStats
+from bvpo_kernels.integrations import trl_data
+from bvpo_kernels.integrations.transformers import patch_model
+from bvpo_kernels.mixing import AlphaEstimator
+from bvpo_kernels.mixing.moments import MIN_UNITS
+from bvpo_kernels.types import EMPTY, KINDS, TRACE, PackedBatch
+
+ALPHA_FILE = "alpha.json"
+# TRL's metrics that need more of the logits than the fused head forms.
+_NOT_SERVED = ("mean_token_accuracy",)
+
+
+@dataclass
+class BVPOConfig(DPOConfig):
+    """DPOConfig, and where the weight a of L_c = a L_trace + (1 - a) L_empty comes from.
+
+    alpha: the weight, in [0, 1]; with `estimate_alpha` the one of the warm-up.
+    estimate_alpha: measure a* during the backward (`GradStats`) and use it from the next step on
+        (`AlphaEstimator`, reference "trace").
+    alpha_warmup, alpha_halflife, alpha_low, alpha_high: steps of statistics before the first
+        estimate is used, halflife of its averages in steps, bounds of the weight.
+    stats_mode, stats_cross, sketch_size: of `GradStats`.
+    empty_trace: what an empty prompt ends with, where the data has no `empty_prompt`.
+    head_impl, head_workspace_mib: of `linear_logprobs`.
+    """
+
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the trace loss, in [0, 1]."})
+    estimate_alpha: bool = field(default=False, metadata={"help": "Measure a* and train with it."})
+    alpha_warmup: int = field(default=8, metadata={"help": "Steps with `alpha` before a*."})
+    alpha_halflife: float = field(default=16.0, metadata={"help": "Of a*'s averages, in steps."})
+    alpha_low: float = field(default=0.02, metadata={"help": "Least weight of the trace loss."})
+    alpha_high: float = field(default=0.98, metadata={"help": "Largest weight."})
+    stats_mode: str = field(default="exact", metadata={"help": "exact, sketch or norm."})
+    stats_cross: str = field(default="sketch", metadata={"help": "sketch, exact or none."})
+    sketch_size: int = field(default=32, metadata={"help": "Rows of a sketch."})
+    empty_trace: str = field(
+        default="<think>\n\n</think>\n\n", metadata={"help": "The literal of an empty trace."}
+    )
+    head_impl: str = field(default="auto", metadata={"help": "Backend of the LM head."})
+    head_workspace_mib: int | None = field(
+        default=None, metadata={"help": "Bound on the LM head's temporary memory."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha: expected a number in [0, 1], got {self.alpha}")
+        refused = {
+            "use_weighting": (self.use_weighting, "it needs sum_v p_v^2 of every token"),
+            "truncation_mode": (self.truncation_mode != "keep_start", "expected keep_start"),
+        }
+        if self.estimate_alpha:
+            sorts = {"aot", "aot_unpaired"} & set(self.loss_type)
+            options: Any = self.gradient_checkpointing_kwargs or {}
+            reentrant = options.get("use_reentrant", False)
+            refused |= {
+                "fp16": (self.fp16, "loss scaling changes every step; use bf16"),
+                "loss_type": (bool(sorts), "aot sorts pairs, so that units are not independent"),
+                "gradient_checkpointing_kwargs": (reentrant, "use_reentrant must be False"),
+            }
+        for name, (value, reason) in refused.items():
+            if value:
+                raise ValueError(f"{name}: {getattr(self, name)!r} cannot be served: {reason}")
+
+
+class _PackedPass:
+    """One pass of a model over a packed batch, handed to TRL kind by kind in its own layout."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        self.model, self.inputs = model, inputs
+        self.fields: dict[str, Tensor] = {}
+
+    def __call__(self, kind: str, **_: Any) -> SimpleNamespace:
+        """What TRL gets for `model(**padded, fused_lm_head=True)`: the padded ids are not used."""
+        if not self.fields:
+            batch: PackedBatch = self.inputs["packed"]
+            # No mask and no cache: only then does attention keep segments apart by position.
+            out = self.model(
+                input_ids=batch.tokens_T[None], position_ids=batch.position_ids_T[None],
+                attention_mask=None, use_cache=False, shift_labels=batch.target_T[None],
+                fused_lm_head=True,
+            )  # fmt: skip
+            names = ("log_probs", "entropy", "mean_logits")
+            self.fields = {name: out[name][0] for name in names if name in out}
+        padded = self.inputs[kind]
+        out = {name: trl_data.to_padded(v, padded) for name, v in self.fields.items()}
+        out.setdefault("mean_logits", torch.zeros_like(out["log_probs"]))
+        is_top1 = torch.zeros_like(out["log_probs"], dtype=torch.bool)
+        return SimpleNamespace(**out, is_top1=is_top1, aux_loss=None)
+
+
+class BVPOTrainer(DPOTrainer):
+    """DPOTrainer whose rows also have an empty-trace pair.
+
+    Columns: prompt, chosen, rejected, empty_chosen, empty_rejected and optionally empty_prompt, as
+    texts, messages (empty answers: texts or messages) or token ids; ids are taken as they are and
+    end with the end-of-sequence id. Or two datasets whose rows correspond: `empty_dataset` has
+    prompt, chosen, rejected of the empty kind, its prompts ending in the empty trace.
+
+    Metrics: TRL's names are those of the traces; "empty/..." are the same of the empties;
+    "trace/loss", "empty/loss", "alpha", and with an estimate `AlphaEstimator.log`. Checkpoints hold
+    the estimator in alpha.json.
+
+    Args:
+        model, ref_model, args, train_dataset, eval_dataset, kwargs: of DPOTrainer.
+        empty_dataset, eval_empty_dataset: see above.
+
+    Raises:
+        TypeError, ValueError: naming what cannot be served: streaming or vision data,
+            `compute_metrics`, experts with a router loss, prompt-learning adapters, a model whose
+            attention does not keep packed segments apart, and what `patch_model` refuses.
+    """
+
+    _tag_names = ["trl", "bvpo"]  # noqa: RUF012  (TRL's attribute)
+    _name = "BVPO"
+    args: Any
+    model: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: BVPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Any = None,
+        *,
+        empty_dataset: Dataset | None = None,
+        eval_empty_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = BVPOConfig("bvpo") if args is None else args
+        if not isinstance(args, BVPOConfig):
+            raise TypeError(f"args: expected a BVPOConfig, got {type(args).__name__}")
+        for name in ("compute_metrics", "data_collator"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: expected None, BVPOTrainer makes no logits to give it")
+        self._empty_datasets = {"train": empty_dataset, "eval": eval_empty_dataset}
+        self._patched: set[int] = set()
+        self._alpha = self._stats = None
+        self._micro_batch = 0
+        super().__init__(
+            model, ref_model, args, trl_data.BVPOCollator(args.max_length), train_dataset,
+            eval_dataset, **kwargs,
+        )  # fmt: skip
+        self._patch()
+        if args.estimate_alpha:
+            self._alpha = AlphaEstimator(
+                ema_halflife=args.alpha_halflife, clip=(args.alpha_low, args.alpha_high),
+                warmup=args.alpha_warmup, initial=args.alpha,
+            )  # fmt: skip
+            mode: Any = args.stats_mode
+            cross: Any = args.stats_cross
+            self._stats = GradStats(
+                self.model, mode, cross=cross, seed=args.seed,
+                sketch_size=args.sketch_size, head=self.model.get_output_embeddings(),
+            )  # fmt: skip
+
+    @property
+    def alpha(self) -> float:
+        """The weight of the trace loss in the coming step."""
+        return self.args.alpha if self._alpha is None else self._alpha.value()
+
+    def _patch(self) -> None:
+        """Put the fused head over TRL's, once per model; reference scores may be needed early."""
+        if getattr(self, "aux_loss_enabled", False):
+            raise ValueError("router_aux_loss_coef: expected 0.0, the fused head routes no experts")
+        for model in (self.model, self.ref_model):
+            if model is None or id(model) in self._patched:
+                continue
+            adapters = getattr(model, "peft_config", {}).values()
+            if any(getattr(config, "is_prompt_learning", False) for config in adapters):
+                raise ValueError("peft_config: expected LoRA or the like, got prompt learning")
+            bare = self.accelerator.unwrap_model(model)
+            softcap = getattr(bare.config.get_text_config(), "final_logit_softcapping", None)
+            workspace = self.args.head_workspace_mib
+            patch_model(
+                bare, outputs=("log_probs", "entropy", *(() if softcap else ("mean_logits",))),
+                impl=self.args.head_impl,
+                workspace_bytes=None if workspace is None else workspace * 2**20,
+            )  # fmt: skip
+            _require_separate_segments(bare)
+            self._patched.add(id(model))
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Dataset:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
+        if set(trl_data.COLUMNS[:6]) <= set(dataset.column_names):
+            return dataset
+        dataset = trl_data.join(dataset, self._empty_datasets.pop(dataset_name, None))
+        unlimited = copy.copy(args)
+        unlimited.max_length = None  # TRL drops long rows; both kinds of a row go together
+        texts = functools.partial(
+            super()._prepare_dataset, processing_class=processing_class, args=unlimited,
+            dataset_name=dataset_name,
+        )  # fmt: skip
+        rows = trl_data.tokenize(dataset, processing_class, args.empty_trace, texts)
+        limit = args.max_length
+        if limit is None:
+            return rows
+        return rows.filter(
+            lambda row: max(len(row["prompt_ids"]), len(row["empty_prompt_ids"])) < limit,
+            desc="Dropping rows whose prompt fills max_length",
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(trl_data.COLUMNS)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Scores under the reference, chosen and rejected, [P, 2]: a column per kind."""
+        self._patch()
+        run = _PackedPass(model, inputs)
+        chosen, rejected = [], []
+        for kind in KINDS:
+            scores = super().compute_ref_log_probs(functools.partial(run, kind), inputs[kind])
+            chosen.append(scores[0])
+            rejected.append(scores[1])
+        return torch.stack(chosen, 1), torch.stack(rejected, 1)
+
+    def _with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` with the reference scores of both kinds, computed unless they are there."""
+        if trl_data.REFERENCE[0] in inputs[TRACE]:
+            return inputs
+        model = self.model if self.ref_model is None else self.ref_model
+        scores = self.compute_ref_log_probs(model, inputs)
+        return inputs | {
+            kind: inputs[kind]
+            | {name: s[:, n] for name, s in zip(trl_data.REFERENCE, scores, strict=True)}
+            for n, kind in enumerate(KINDS)
+        }
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Tensor:
+        if return_outputs:
+            raise ValueError("return_outputs: expected False, the fused head makes no logits")
+        inputs = self._with_reference(inputs)
+        run, alpha = _PackedPass(model, inputs), self.alpha
+        losses = {
+            kind: self._kind_loss(kind, functools.partial(run, kind), inputs[kind])
+            for kind in KINDS
+        }
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["alpha"].append(alpha)
+        # A weight of 0 selects the other loss: an infinite one times 0 would be NaN.
+        if alpha in (0.0, 1.0):
+            return losses[TRACE if alpha == 1.0 else EMPTY]
+        return alpha * losses[TRACE] + (1 - alpha) * losses[EMPTY]
+
+    def _kind_loss(self, kind: str, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss of one kind; its metrics, renamed, go among the others."""
+        mode = "train" if self.model.training else "eval"
+        kept, precomputed = self._metrics, self.precompute_ref_logps
+        self._metrics, self.precompute_ref_logps = {mode: defaultdict(list)}, True
+        try:
+            loss = super()._compute_loss(model, inputs, False)
+        finally:
+            found, self._metrics = self._metrics[mode], kept
+            self.precompute_ref_logps = precomputed
+        metrics = kept[mode]
+        for name, values in found.items():
+            if name == "num_tokens":  # a running total over both kinds
+                metrics[name] = values
+            elif name not in _NOT_SERVED:
+                metrics[name if kind == TRACE else f"{kind}/{name}"].extend(values)
+        metrics[f"{kind}/loss"].append(self.accelerator.gather(loss.detach()).mean().item())
+        return loss
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; measured if alpha is estimated."""
+        if self._stats is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        # The reference's pass is none of the measured ones, also where it is the same model's.
+        inputs = self._with_reference(self._prepare_inputs(inputs))
+        batch: PackedBatch = inputs["packed"]
+        names = [
+            f"{self.accelerator.process_index}.{self._micro_batch}.{name}"
+            for name in batch.unit_ids
+        ]
+        inputs["packed"] = replace(batch, unit_ids=tuple(names))
+        pairs = len(names) * self.current_gradient_accumulation_steps
+        weights = {TRACE: self.alpha, EMPTY: 1 - self.alpha}
+        scale = {kind: weight / pairs for kind, weight in weights.items()}
+        with self._stats.collect(inputs["packed"], scale):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self._micro_batch += 1
+        if self.accelerator.sync_gradients:
+            self._update_alpha()
+        return loss
+
+    def _update_alpha(self) -> None:
+        assert self._alpha is not None
+        assert self._stats is not None
+        group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+        found, self._micro_batch = self._stats.result(group), 0
+        if found.num_units >= MIN_UNITS:  # the last step of an epoch may have one unit
+            self._alpha.update(found)
+        for name, value in self._alpha.log().items():
+            self._metrics["train"][name].append(value)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._alpha is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial))
+            path = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / ALPHA_FILE
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(self._alpha.state_dict()), encoding="utf-8")
+            os.replace(part, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self._alpha is None:
+            return
+        path = Path(checkpoint) / ALPHA_FILE
+        if not path.exists():
+            raise ValueError(f"resume_from_checkpoint: expected {ALPHA_FILE} in {checkpoint}")
+        self._alpha.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+@torch.no_grad()
+def _require_separate_segments(model: Any) -> None:
+    """Two segments in one row must score as each does alone.
+
+    Raises:
+        ValueError: naming the model's class (state-space layers, absolute positions...).
+    """
+    if any(p.is_meta or not p.numel() for p in model.parameters()):
+        return
+    training = model.training
+    model.eval()
+    vocab, device = model.config.get_text_config().vocab_size, model.device
+    ids = torch.tensor([(7919 * n + 11) % vocab for n in range(9)], device=device)
+    position_ids = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4], device=device)
+
+    def score(rows: slice) -> Tensor:
+        return model(
+            input_ids=ids[None, rows], position_ids=position_ids[None, rows], attention_mask=None,
+            use_cache=False, shift_labels=ids[None, rows], fused_lm_head=True,
+        ).log_probs[0]  # fmt: skip
+
+    try:
+        packed = score(slice(None))
+        alone = torch.cat([score(slice(0, 4)), score(slice(4, None))])
+    finally:
+        model.train(training)
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.5
+    difference = (packed - alone).abs().max().item()
+    if not difference <= tolerance:
+        raise ValueError(
+            f"model: {type(model).__name__} mixes the segments of a packed row (by {difference:.3g}"
+            f" nats, expected <= {tolerance})"
+        )
