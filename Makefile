@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test asan lint aot bench pairs clean
+.PHONY: help install demo study test trl asan lint aot bench pairs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -35,6 +35,10 @@ study: $(STAMP)  ## measure on a small model whether a* minimises and helps (min
 test: $(STAMP)  ## run the tests
 	$(PY) -m pytest
 
+trl: $(STAMP)  ## run TRL's tests with the oldest version that is served (`make test` has the newest)
+	$(PIP) install -q --no-deps --upgrade --target build/trl-oldest 'trl==1.15.*'
+	PYTHONPATH=build/trl-oldest $(PY) -m pytest -q tests/train/test_integrations_trl.py
+
 # A build of its own in build/asan; `pytest`, unlike `python -m pytest`, leaves the checkout out of
 # the path. Leaks are off: the interpreter itself never frees everything.
 asan: $(STAMP)  ## run the C++ kernels' tests under the address and undefined-behaviour sanitizers
@@ -54,6 +58,8 @@ aot: $(STAMP)  ## compile every GPU kernel for sm_80, sm_90 and sm_100, without 
 
 bench: $(STAMP)  ## regenerate the benchmark tables
 	$(PY) -m benchmarks.run logprobs
+	$(PY) -m benchmarks.run peers
+	$(PY) -m benchmarks.run readme
 
 pairs: $(STAMP)  ## sample and rank the demo's preference pairs again
 	$(PY) -m train sample --config train/presets/pairs.yaml

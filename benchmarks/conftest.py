@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         (group, case, row)
         for group in map(registry.load, registry.names())
         for case in (group.cases if full else group.quick)
-        for row in group.rows
+        for row in group.rows_of(case)
     ]
     ids = [f"{group.name}-{case.name}-{row.name}".translate(_ID) for group, case, row in timed]
     metafunc.parametrize("timed_row", timed, indirect=True, ids=ids)

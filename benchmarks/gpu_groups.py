@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.groups import logprobs
-from benchmarks.groups.logprobs import Inputs, differentiate, naive
+from benchmarks.groups.logprobs import Inputs, differentiate
+from benchmarks.peers import head
 from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row
-from bvpo_kernels import IGNORE_INDEX, linear_logprobs
+from bvpo_kernels import linear_logprobs
 from bvpo_kernels.backends import MISSING
 
 TOKENS = (8192, 32_768)
@@ -53,26 +54,13 @@ def _row(name: str, forward: Callable[..., Tensor], missing: str = "") -> Row:
     return Row(name, lambda case, inputs: differentiate(forward, case, inputs), lambda _: missing)
 
 
-def _torch_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    function = torch.nn.functional.linear_cross_entropy  # type: ignore[attr-defined]
-    return -function(hidden, weight, target, ignore_index=IGNORE_INDEX, reduction="none")
-
-
 def _head_rows() -> tuple[Row, ...]:
     shared = {row.name: row for row in logprobs.GROUP.rows}
     ours = [
         _row(impl, functools.partial(linear_logprobs, impl=impl), MISSING[impl])
         for impl in ("triton", "cuda")
     ]
-    compiled = Row(
-        "torch.compile", lambda case, inputs: differentiate(torch.compile(naive), case, inputs),
-        predicted_bytes=shared["naive"].predicted_bytes,
-    )  # fmt: skip
-    present = hasattr(torch.nn.functional, "linear_cross_entropy")
-    theirs = _row("torch linear_cross_entropy", _torch_cross_entropy,
-                  "" if present else "this torch does not have it")  # fmt: skip
-    peers = [shared[name] for name in ("trl", "cce", "liger")]
-    return (shared["naive"], compiled, shared["eager"], *ours, theirs, *peers)
+    return (shared["naive"], shared["eager"], *ours, *head.PEERS)
 
 
 def head_group(device: str, tokens: tuple[int, ...], hidden_sizes: tuple[int, ...]) -> Group:

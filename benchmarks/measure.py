@@ -208,7 +208,7 @@ def _child(group_name: str, case: Case, row_name: str, threads: int, answer: Con
     torch.set_num_threads(threads)
     _return_freed_memory()
     group = registry.load(group_name)
-    row = group.row(row_name)
+    row = group.row(row_name, case)
     small = group.tiny(case)
     row.make(small, group.make_inputs(small))()
     inputs = group.make_inputs(case)

@@ -11,9 +11,15 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks import records
+from benchmarks.registry import Group
+
+# The row that figures draw in black.
+OURS = "bvpo_kernels"
 
 
 def _colors(frame: pd.DataFrame) -> dict[str, str]:
@@ -55,9 +61,9 @@ def _memory_lines(axes: Axes, frame: pd.DataFrame, mode: str, colors: dict[str, 
     axes.legend(fontsize=6)
 
 
-def _memory(frame: pd.DataFrame) -> pd.DataFrame:
-    """Peak-memory records of cases that have a T, with the sizes apart from T in words."""
-    memory = frame[frame["metric"] == "peak_memory"].copy()
+def _over_tokens(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Records of a metric of cases that have a T, with the sizes apart from T in words."""
+    memory = frame[frame["metric"] == metric].copy()
     shapes = [records.shape_of(name) for name in memory["shape"]]
     memory["T"] = [shape.pop("T", None) for shape in shapes]
     sizes = [" ".join(f"{key}={size}" for key, size in shape.items()) for shape in shapes]
@@ -67,9 +73,67 @@ def _memory(frame: pd.DataFrame) -> pd.DataFrame:
     return memory.dropna(subset=["T"])
 
 
+def plot_group(group: Group, frame: pd.DataFrame, path: Path) -> list[Path]:
+    """The figures of a group beside its CSV; returns their paths."""
+    if not group.against_T:
+        plot(frame, path.with_suffix(".png"))
+        return [path.with_suffix(".png")]
+    figures = []
+    for metric in group.against_T:
+        figures.append(path.with_name(f"{path.stem}-{metric}.png"))
+        plot_against_tokens(frame, metric, figures[-1])
+    return figures
+
+
+def plot_against_tokens(frame: pd.DataFrame, metric: str, path: Path) -> None:
+    """One metric against T on logarithmic axes: a panel per mode, a line per row."""
+    points = _over_tokens(frame, metric)
+    counts = points.groupby("mode", sort=False)["T"].nunique()
+    modes = [mode for mode in points["mode"].unique() if counts[mode] > 1] or list(counts.index)
+    colors, labels = _colors(frame), {"time": "seconds", "peak_memory": "MiB above inputs"}
+    figure, axes = plt.subplots(
+        1, max(len(modes), 1), figsize=(3.4 * len(modes) + 1, 4), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for panel, mode in zip(axes[0], modes, strict=False):
+        of_mode = points[points["mode"] == mode]
+        for row, line in of_mode.groupby("row", sort=False):
+            line = line.sort_values("T")
+            ours = row == OURS
+            panel.plot(
+                line["T"], line["value"].astype(float).clip(lower=1e-3 if metric == "time" else 1),
+                marker="o", color="black" if ours else colors[row], label=row,
+                linewidth=2.5 if ours else 1.2,
+            )  # fmt: skip
+        tokens = sorted(of_mode["T"].unique())
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(tokens, [str(int(count)) for count in tokens])
+        panel.set_title(mode, fontsize=9)
+        panel.set_xlabel("T (tokens)")
+        panel.grid(alpha=0.3)
+    axes[0][0].set_ylabel(labels.get(metric, metric))
+    found: dict[str, Artist] = {}
+    for panel in axes[0]:
+        found |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=7)
+    first = frame.iloc[0]
+    sizes = ", ".join(points["others"].unique())
+    figure.suptitle(f"{first['cpu']}, {first['threads']} threads: {sizes}", fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(part, path)
+
+
 def plot(frame: pd.DataFrame, path: Path) -> None:
     """Write the figure of one group as PNG."""
-    memory = _memory(frame)
+    memory = _over_tokens(frame, "peak_memory")
     modes = list(memory["mode"].unique())
     colors = _colors(frame)
     cases = frame.loc[frame["metric"] == "ratio", "case"].nunique()
@@ -83,8 +147,4 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
             _memory_lines(axes, memory, mode, colors)
     first = frame.iloc[0]
     figure.suptitle(f"{first['group']}: {first['cpu']}, {first['threads']} threads", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=120, format="png")
-    plt.close(figure)
-    os.replace(part, path)
+    _save(figure, path)

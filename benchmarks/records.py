@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,23 @@ def environment(threads: int) -> Record:
     }
 
 
-def write_csv(path: Path, records: Iterable[Record], where: Mapping[str, Any]) -> None:
-    """All records with the columns of COLUMNS; the file appears at once or not at all."""
-    frame = pd.DataFrame([{**entry, **where} for entry in records], columns=list(COLUMNS))
+def other_cases(path: Path, cases: Iterable[Case]) -> list[Record]:
+    """The records of a file, if there is one, that are of none of the cases."""
+    if not path.exists():
+        return []
+    frame = read_csv(path)
+    return frame[~frame["case"].isin([case.name for case in cases])].to_dict("records")
+
+
+def in_order(records: Iterable[Record], cases: Sequence[str]) -> list[Record]:
+    """The records in the order of their cases; those of cases that are not listed come first."""
+    places = {name: place for place, name in enumerate(cases)}
+    return sorted(records, key=lambda entry: places.get(entry["case"], -1))
+
+
+def write_csv(path: Path, records: Iterable[Record]) -> None:
+    """Records with the columns of COLUMNS; the file appears at once or not at all."""
+    frame = pd.DataFrame(list(records), columns=list(COLUMNS))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     frame.to_csv(part, index=False)

@@ -83,6 +83,8 @@ class Row:
     missing: why it cannot run here ("" when it can), asked before `make`.
     predicted_bytes: peak memory besides the inputs, so that a case that does not fit is refused.
     yardstick: for a row without outputs to check (a bare GEMM), what it stands for.
+    modes: those of the cases that the row is for; none means all.
+    package: whose version is recorded with the row's results.
     """
 
     name: str
@@ -90,6 +92,8 @@ class Row:
     missing: Callable[[Case], str] = _always
     predicted_bytes: Callable[[Case], int] = _unpredicted
     yardstick: str = ""
+    modes: tuple[str, ...] = ()
+    package: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Group:
 
     tiny: a very small case of the same dtype and mode; it runs first where memory is measured, so
     that what libraries allocate once is not counted.
+    against_T: metrics that get a figure of their own, a line per row against the tokens.
     """
 
     name: str
@@ -108,16 +113,22 @@ class Group:
     make_inputs: Callable[[Case], Any]
     gate: Callable[[Case, Any], Gate]
     tiny: Callable[[Case], Case]
+    against_T: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> Row:
         return self.rows[0]
 
-    def row(self, name: str) -> Row:
-        """The row of that name; ValueError lists the names."""
-        found = next((row for row in self.rows if row.name == name), None)
+    def rows_of(self, case: Case) -> tuple[Row, ...]:
+        """The rows that are for the case's mode; their names are distinct."""
+        return tuple(row for row in self.rows if not row.modes or case.mode in row.modes)
+
+    def row(self, name: str, case: Case | None = None) -> Row:
+        """The row of that name, of all or of those for a case; ValueError lists the names."""
+        rows = self.rows if case is None else self.rows_of(case)
+        found = next((row for row in rows if row.name == name), None)
         if found is None:
-            raise ValueError(f"row: expected one of {[r.name for r in self.rows]}, got {name!r}")
+            raise ValueError(f"row: expected one of {[r.name for r in rows]}, got {name!r}")
         return found
 
 

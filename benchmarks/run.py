@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from benchmarks import measure, plot, records, registry, verify
+from benchmarks import measure, plot, readme, records, registry, verify
 from benchmarks.records import Record
 from benchmarks.registry import Call, Case, Gate, Group, Row
 
@@ -76,7 +77,7 @@ def run_case(group: Group, case: Case, rounds: int | None, bar: tqdm) -> list[Re
     """All rows of one case: gate, interleaved times, memory; as records."""
     inputs = group.make_inputs(case)
     gate = group.gate(case, inputs)
-    candidates = [admit(row, case, inputs, gate) for row in group.rows]
+    candidates = [admit(row, case, inputs, gate) for row in group.rows_of(case)]
     del gate
     gc.collect()
     calls = {c.row.name: c.call for c in candidates if c.call is not None}
@@ -107,6 +108,8 @@ def _records(
         return records.record(group.name, case, name, metric, value, unit, note)
 
     out = [make("status", None, "", note)]
+    if candidate.row.package and timing:
+        out.append(make("version", None, "", version(candidate.row.package)))
     if timing:
         out += [
             make("time", timing.median, "s"),
@@ -135,11 +138,11 @@ def select_cases(group: Group, quick: bool, pattern: str | None) -> Sequence[Cas
 
 def select_rows(group: Group, pattern: str | None) -> Group:
     """The group with its baseline and the rows whose name matches; ValueError when none does."""
-    rows = [row for row in group.rows if re.search(pattern or "", row.name)]
-    if not rows:
+    names = {row.name for row in group.rows if re.search(pattern or "", row.name)}
+    if not names:
         raise ValueError(f"rows: {pattern!r} matches none of {[row.name for row in group.rows]}")
-    rows = [group.baseline, *(row for row in rows if row is not group.baseline)]
-    return replace(group, rows=tuple(rows))
+    kept = [row for row in group.rows if row.name in names | {group.baseline.name}]
+    return replace(group, rows=tuple(kept))
 
 
 def run_group(
@@ -150,6 +153,7 @@ def run_group(
     threads: int | None = None,
     filter: str | None = None,
     rows: str | None = None,
+    update: bool = False,
 ) -> Path:
     """Measure a group; returns the path of the CSV, beside which the PNG lies.
 
@@ -161,37 +165,47 @@ def run_group(
         threads: CPU threads (default: as torch chooses).
         filter: regular expression on case names; the results of a part go to NAME-part.*.
         rows: regular expression on the names of rows besides the baseline; a part likewise.
+        update: put the results of a part into NAME.* instead, in place of its cases' old ones.
     """
     cases = select_cases(group, quick, filter)
     group = select_rows(group, rows)
     if threads is not None:
         torch.set_num_threads(threads)
-    suffix = "" if out else ("-quick" if quick else "") + ("-part" if filter or rows else "")
+    part = (filter or rows) and not update
+    suffix = "" if out else ("-quick" if quick else "") + ("-part" if part else "")
     path = (out or records.RESULTS) / f"{group.name}{suffix}.csv"
     where = records.environment(torch.get_num_threads())
+    others = records.other_cases(path, cases) if update else []
     found: list[Record] = []
-    steps = sum((rounds or case.rounds) * len(group.rows) for case in cases)
+    steps = sum((rounds or case.rounds) * len(group.rows_of(case)) for case in cases)
     with tqdm(total=steps, unit="sample") as bar:
         done = 0
         for case in cases:
             bar.set_description(case.name)
             found += run_case(group, case, rounds, bar)
-            records.write_csv(path, found, where)
-            done += (rounds or case.rounds) * len(group.rows)
+            measured = [{**entry, **where} for entry in found]
+            every = [case.name for case in (group.quick if quick else group.cases)]
+            records.write_csv(path, records.in_order([*others, *measured], every))
+            done += (rounds or case.rounds) * len(group.rows_of(case))
             bar.update(done - bar.n)
     frame = records.read_csv(path)
-    plot.plot(frame, path.with_suffix(".png"))
+    figures = plot.plot_group(group, frame, path)
     print(records.terminal_table(frame))
     noisy = frame.loc[frame["metric"] == "other_load", "value"].astype(float).max()
     if noisy > NOISY_PERCENT:
         print(f"Noisy: other processes took up to {noisy:.0f} % of the CPU while rows were timed.")
-    print(f"Wrote {path} and {path.with_suffix('.png').name}.")
+    print(f"Wrote {path} and {', '.join(figure.name for figure in figures)}.")
     return path
 
 
 def show_table(name: str, out: Path | None = None) -> None:
     """Print the results in NAME.csv as Markdown."""
     print(records.markdown_table(records.read_csv((out or records.RESULTS) / f"{name}.csv")))
+
+
+def write_readme() -> None:
+    """Put the results of "peers" into README.md."""
+    readme.put({"peers": readme.mode_tables(records.read_csv(records.RESULTS / "peers.csv"))})
 
 
 def _parser(groups: Mapping[str, Group]) -> ArgumentParser:
@@ -209,10 +223,13 @@ def _parser(groups: Mapping[str, Group]) -> ArgumentParser:
         add("--threads", type=PositiveInt, help="CPU threads")
         add("--filter", help="regular expression on case names; written to NAME-part.*")
         add("--rows", help="regular expression on rows' names; written to NAME-part.*")
+        add("--update", action="store_true", help="write a part into NAME.*, among other cases")
         commands.add_subcommand(name, command, help=group.title)
     table = ArgumentParser(description="Print NAME.csv as a Markdown table.")
     table.add_argument("name", metavar="NAME", help="a group, or a group and suffix: NAME-quick")
     table.add_argument("--out", type=Path, help="folder of NAME.csv")
+    into = ArgumentParser(description="Put the tables of results into README.md.")
+    commands.add_subcommand("readme", into, help="put the tables of results into README.md")
     commands.add_subcommand("table", table, help="print results as a Markdown table: table NAME")
     return parser
 
@@ -225,6 +242,8 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parsed[parsed.command].as_dict()
     if parsed.command == "table":
         show_table(**options)
+    elif parsed.command == "readme":
+        write_readme()
     else:
         run_group(groups[parsed.command], **options)
 

@@ -2,7 +2,8 @@
 
 Modes: "scores" (no gradient), "frozen" (hidden needs one, the weight does not), "trained" (both).
 Models: D=576 V=49152 is SmolLM2-135M, D=896 V=151936 is Qwen2.5-0.5B. T=32768 is one pair of
-2 x 16384 tokens. `ignored` is the percentage of rows that are not scored.
+2 x 16384 tokens. `ignored` is the percentage of rows that are not scored. Other people's
+kernels are in the group "peers".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row, why_not
+from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row
 from bvpo_kernels import IGNORE_INDEX, linear_logprobs
 from bvpo_kernels.backends import MISSING
 from bvpo_kernels.reference import logprobs as reference
@@ -33,7 +34,6 @@ ORACLE_CHUNK = 64
 GATE_VOCAB_STRIDE = 37
 # The two responses of a pair: TRL's log-softmax loops over the sequences of a batch.
 SEQUENCES = 2
-LIGER = "liger_kernel.transformers.functional"
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -151,62 +151,20 @@ def _make_gemm(case: Case, inputs: Inputs) -> Call:
     return call
 
 
-def _make_trl(case: Case, inputs: Inputs) -> Call:
-    from trl.trainer.utils import selective_log_softmax
-
-    def forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        scored = target != IGNORE_INDEX
-        logits = (hidden @ weight.T).unflatten(0, (SEQUENCES, -1))
-        index = target.where(scored, 0).unflatten(0, (SEQUENCES, -1))
-        return selective_log_softmax(logits, index).flatten().where(scored, 0.0)
-
-    return differentiate(forward, case, inputs)
-
-
-def _make_cce(case: Case, inputs: Inputs) -> Call:
-    from cut_cross_entropy import linear_cross_entropy
-
-    kernel = "cce" if case.device == "cuda" else "torch_compile"  # its kernels are Triton's
-
-    def forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -linear_cross_entropy(
-            hidden, weight, target, ignore_index=IGNORE_INDEX, reduction="none",
-            impl=kernel,
-        )  # fmt: skip
-
-    return differentiate(forward, case, inputs)
-
-
-def _liger_missing(case: Case) -> str:
-    needs = "" if case.device.startswith("cuda") else "liger-kernel needs a CUDA device"
-    return why_not("liger-kernel", LIGER) or needs
-
-
-def _make_liger(case: Case, inputs: Inputs) -> Call:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    def forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -liger_fused_linear_cross_entropy(
-            hidden, weight, target, ignore_index=IGNORE_INDEX, reduction="none"
-        )
-
-    return differentiate(forward, case, inputs)
-
-
-def _naive_bytes(case: Case) -> int:
+def naive_bytes(case: Case) -> int:
     """fp32 logits and log-softmax; with gradients the saved one, its gradient and the logits'."""
     per_logit = 8 if case.mode == "scores" else 12
-    return per_logit * case.shape["T"] * case.shape["V"] + _gradient_bytes(case)
+    return per_logit * case.shape["T"] * case.shape["V"] + gradient_bytes(case)
 
 
-def _trl_bytes(case: Case) -> int:
+def trl_bytes(case: Case) -> int:
     """Logits, and a log-softmax or an exp of one sequence; with gradients theirs and a sum."""
     in_logits = 1.5 if case.mode == "scores" else 3
     size = case.torch_dtype.itemsize
-    return int(in_logits * size * case.shape["T"] * case.shape["V"]) + _gradient_bytes(case)
+    return int(in_logits * size * case.shape["T"] * case.shape["V"]) + gradient_bytes(case)
 
 
-def _gradient_bytes(case: Case) -> int:
+def gradient_bytes(case: Case) -> int:
     rows = {"scores": 0, "frozen": case.shape["T"], "trained": case.shape["T"] + case.shape["V"]}
     return rows[case.mode] * case.shape["D"] * case.torch_dtype.itemsize
 
@@ -221,6 +179,11 @@ def _join(name: str, parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0) if name.startswith("dweight") else torch.cat(parts)
 
 
+def gate_tokens(num_tokens: int) -> Tensor:
+    """Indices of the tokens that the gate looks at."""
+    return torch.linspace(0, num_tokens - 1, min(GATE_TOKENS, num_tokens)).long()
+
+
 def gate(case: Case, inputs: Inputs) -> Gate:
     """The upstream gradient is cut to a few tokens, at the case's own sizes.
 
@@ -229,7 +192,7 @@ def gate(case: Case, inputs: Inputs) -> Gate:
     """
     num_tokens, vocab = case.shape["T"], case.shape["V"]
     device = inputs.target_T.device
-    tokens = torch.linspace(0, num_tokens - 1, min(GATE_TOKENS, num_tokens), device=device).long()
+    tokens = gate_tokens(num_tokens).to(device)
     few = Inputs(
         inputs.hidden_TD[tokens], inputs.weight_VD, inputs.target_T[tokens],
         inputs.dlogprobs_T[tokens],
@@ -308,15 +271,12 @@ GROUP = Group(
     ),
     rows=(
         Row("naive", lambda case, inputs: differentiate(naive, case, inputs),
-            predicted_bytes=_naive_bytes),
+            predicted_bytes=naive_bytes),
         Row("trl-style", lambda case, inputs: differentiate(trl_style, case, inputs),
-            predicted_bytes=_trl_bytes),
+            predicted_bytes=trl_bytes),
         _ours("eager"),
         _ours("cpp"),
         Row("bare GEMM", _make_gemm, yardstick="the products of the textbook path"),
-        Row("trl", _make_trl, lambda _: why_not("trl", "trl.trainer.utils"), _trl_bytes),
-        Row("cce", _make_cce, lambda _: why_not("cut-cross-entropy", "cut_cross_entropy")),
-        Row("liger", _make_liger, _liger_missing),
     ),
     make_inputs=make_inputs,
     gate=gate,

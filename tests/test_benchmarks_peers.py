@@ -1,0 +1,112 @@
+"""Other people's kernels, small: each runs, passes the gate or says why not, and is told apart."""
+
+import pytest
+import torch
+
+from benchmarks import plot, readme, records, run, verify
+from benchmarks.groups.peers import GROUP
+from benchmarks.registry import Case
+
+HEAD = {"T": 96, "D": 64, "V": 999}
+CASES = [
+    *(Case(HEAD, "float32", mode) for mode in ("scores", "frozen", "trained", "dpo")),
+    Case({"B": 3, "R": 9, "L": 2, "D": 16}, "float32", "stats"),
+]
+# Compiling takes longer than everything else here.
+COMPILED = ("torch.compile", "cut-cross-entropy", "Liger DPO")
+# They need a GPU.
+REASONS = {"Liger": "missing: its fused", "QuACK": "missing: its kernels"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.mode)
+def test_peers_pass_the_gate_or_say_why_not(case):
+    inputs = GROUP.make_inputs(case)
+    gate = GROUP.gate(case, inputs)
+    seen = {}
+    for row in GROUP.rows_of(case):
+        if row.name not in COMPILED:
+            seen[row.name] = run.admit(row, case, inputs, gate).status
+    assert seen["naive"] == seen["bvpo_kernels"] == records.OK
+    for name, status in seen.items():
+        missing = REASONS.get(name) if not torch.cuda.is_available() else None
+        assert status.startswith(missing or records.OK), (name, status)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_peers_pass_the_gate(name):
+    case = CASES[3 if name == "Liger DPO" else 2]
+    inputs = GROUP.make_inputs(case)
+    row = GROUP.row(name, case)
+    assert run.admit(row, case, inputs, GROUP.gate(case, inputs)).status == records.OK
+
+
+def test_a_wrong_pair_and_wrong_statistics_are_stopped():
+    for case in CASES[3:]:
+        inputs = GROUP.make_inputs(case)
+        gate = GROUP.gate(case, inputs)
+        row = GROUP.row("bvpo_kernels", case)
+        outputs = row.make(case, gate.inputs)()
+        for name, value in outputs.items():
+            wrong = outputs | {name: 1.01 * value}
+            assert verify.judge(wrong, gate).failure
+        assert not verify.judge(outputs, gate).failure
+
+
+def _measured(mode, tokens, row, value, status=records.OK):
+    case = Case({"T": tokens, "D": 8, "V": 16}, "bfloat16", mode)
+    where = records.environment(1)
+    entries = [records.record("peers", case, row, "status", None, "", status)]
+    if status == records.OK:
+        numbers = {"time": value, "ratio": value, "peak_memory": 5.0, "other_load": 0.0,
+                   "relative_error:logprobs": 1e-3}  # fmt: skip
+        entries += [records.record("peers", case, row, *item, "") for item in numbers.items()]
+        entries.append(records.record("peers", case, row, "version", None, "", "1.2"))
+    return [{**entry, **where} for entry in entries]
+
+
+def test_figures_tables_and_parts(tmp_path):
+    path = tmp_path / "peers.csv"
+    rows = [
+        entry
+        for tokens in (8, 16)
+        for mode in ("scores", "trained")
+        for entry in (
+            *_measured(mode, tokens, "naive", 1.0),
+            *_measured(mode, tokens, "bvpo_kernels", 0.5),
+            *_measured(mode, tokens, "Liger", 0.0, "missing: no device"),
+        )
+    ]
+    records.write_csv(path, rows)
+    frame = records.read_csv(path)
+    for figure in plot.plot_group(GROUP, frame, path):
+        assert figure.read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in tmp_path.glob("*.png")} == {"peers-time.png", "peers-peak_memory.png"}
+    text = readme.mode_tables(frame)
+    assert "**trained**, T=16 D=8 V=16 bf16:" in text
+    assert "| bvpo_kernels 1.2 | 500  | 0.50" in text
+    assert "missing: no device" in text
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- peers -->\nold\n<!-- /peers -->\nb\n")
+    readme.put({"peers": text}, page)
+    assert page.read_text().startswith("a\n<!-- peers -->\n**scores**")
+    assert page.read_text().endswith("<!-- /peers -->\nb\n")
+    with pytest.raises(ValueError, match="expected <!-- nothing -->"):
+        readme.put({"nothing": ""}, page)
+    changed = Case({"T": 8, "D": 8, "V": 16}, "bfloat16", "trained")
+    kept = records.other_cases(path, [changed])
+    assert len(kept) < len(rows)
+    new = _measured("trained", 8, "naive", 2.0)
+    names = ["T=8 D=8 V=16 bf16 trained", "T=16 D=8 V=16 bf16 trained"]
+    ordered = records.in_order([*kept, *new], names)
+    assert [entry["case"] for entry in ordered].index(names[0]) < [
+        entry["case"] for entry in ordered
+    ].index(names[1])
