@@ -63,7 +63,7 @@ def _validate_shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tenso
 
 def _unsupported(name: str, device: str, dtype: torch.dtype, sparse: bool, sharded: bool) -> str:
     """Why a backend that is installed cannot serve these inputs; '' when it can."""
-    if sparse and name in ("triton", "cuda"):
+    if sparse and name == "cuda":
         return "it has no sparse backward (tail_tolerance > 0)"
     if sparse and name == "eager" and device != "cpu":
         return f"its sparse backward serves CPU tensors, got {device}"

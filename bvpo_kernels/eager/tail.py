@@ -82,7 +82,7 @@ def softcap_slope(z_over_temperature: Tensor, head: Head) -> Tensor | float:
     return 1 - (z_over_temperature * (head.temperature / head.softcap)).square()
 
 
-def _target_logits(hidden_TD: Tensor, target_T: Tensor, head: Head) -> Tensor:
+def target_logits(hidden_TD: Tensor, target_T: Tensor, head: Head) -> Tensor:
     """A lower bound of each row's log-sum-exp before any tile is seen."""
     acc = accumulate_dtype(hidden_TD.dtype)
     z_T = (hidden_TD.to(acc) * head.weight_VD[target_T].to(acc)).sum(1)
@@ -118,7 +118,7 @@ def _forward_rows(
     minus_inf_T = torch.full((num_tokens,), -torch.inf, **new)
     max_T, kept_T, rest_T = minus_inf_T.clone(), *torch.zeros(2, num_tokens, **new)
     target_z_T, weighted_z_T = torch.zeros(2, num_tokens, **new)
-    known_T = _target_logits(hidden_TD, target_T, head)
+    known_T = target_logits(hidden_TD, target_T, head)
     count_T = torch.zeros(num_tokens, dtype=torch.int64)
     floor_T = torch.full_like(known_T, math.log(tolerance / longest))
     found: list[tuple[Tensor, ...]] = []

@@ -151,9 +151,44 @@ def _other_cases() -> Iterator[Case]:
                    constants, {"num_warps": 8}, aligned)  # fmt: skip
 
 
+def _tail_cases(arch: int) -> Iterator[Case]:
+    from bvpo_kernels.kernels import tail
+    from bvpo_kernels.kernels.configs import CONFIGS
+
+    shapes = CONFIGS[f"sm_{arch}"]
+    numbers = ("max_ptr", "sum_ptr", "rescale_ptr", "known_ptr", "list_z_ptr", "rest_ptr", "z_ptr",
+               "factor_ptr", "own_factor_ptr", "c_ptr")  # fmt: skip
+    types = dict.fromkeys(numbers, "*fp32") | {
+        "bias_ptr": "*bf16", "target_ptr": "*i64", "count_ptr": "*i32", "list_column_ptr": "*i32",
+        "length_ptr": "*i32", "softcap": "fp32", "inv_temperature": "fp32", "floor": "fp32",
+        "start_ptr": "*i64", "index_ptr": "*i32", "own_index_ptr": "*i64", "wanted_ptr": "*i8",
+        "rows_ptr": "*bf16", "out_ptr": "*bf16",
+    }  # fmt: skip
+    blocks = {"ROWS": shapes.rows.rows, "BLOCK": shapes.rows.block}
+    warps = {"num_warps": shapes.rows.num_warps}
+    for name, on in (("plain", False), ("softcap, bias", True)):
+        yield Case(f"list rows, {name}", tail._list_kernel, types,
+                   blocks | {"HAS_BIAS": on, "HAS_SOFTCAP": on}, warps,
+                   ("z_ptr", "z_stride", "columns"))  # fmt: skip
+    for name, own, out in (("dH", True, "*bf16"), ("dW", False, "*fp32")):
+        yield Case(f"sum rows, {name}", tail._sum_rows_kernel, types | {"out_ptr": out},
+                   {"HAS_OWN": own, "ADD": not own, "BLOCK": tail._BLOCK_D}, warps,
+                   ("rows_ptr", "rows_stride", "out_ptr", "out_stride", "dim"))  # fmt: skip
+    for name, rows, add in (("z", True, False), ("dH", True, True), ("dW", False, True)):
+        shape = shapes.gemm_small
+        constants = {"COUNT_ROWS": rows, "ADD": add, "UPCAST": False, "PRECISION": "ieee",
+                     "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n,
+                     "BLOCK_K": shape.block_d}  # fmt: skip
+        yield Case(f"counted product, {name}", tail._counted_mm_kernel,
+                   types | {"a_ptr": "*bf16", "b_ptr": "*bf16"}, constants,
+                   {"num_warps": shape.num_warps, "num_stages": shape.num_stages},
+                   ("a_ptr", "b_ptr", "c_ptr", "a_m", "c_m", "N"),
+                   matrix=True)  # fmt: skip
+
+
 def cases(arch: int) -> list[Case]:
     """Every Triton kernel of the package in every variant that is checked."""
-    return [*_row_cases(arch), *_fused_cases(arch), *_other_cases()]
+    return [*_row_cases(arch), *_fused_cases(arch), *_other_cases(), *_tail_cases(arch)]
 
 
 def _tool(name: str) -> str:

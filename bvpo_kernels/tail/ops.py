@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bvpo_kernels import ops
+from bvpo_kernels import backends, ops
 from bvpo_kernels.eager import tail as eager_tail
 from bvpo_kernels.tail import rule
 
@@ -45,6 +45,17 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
         torch.ops.bvpo.cpu_tail_logprobs_backward,
     ),
 }
+
+if not backends.MISSING["triton"]:  # importing these modules needs triton
+    from bvpo_kernels.gpu import tail as gpu_tail
+    from bvpo_kernels.gpu.logprobs import RowKernels
+    from bvpo_kernels.kernels import logprobs as triton_kernels
+
+    _kernels = RowKernels(triton_kernels.forward_rows, triton_kernels.backward_rows)
+    _IMPLEMENTATIONS["triton"] = (
+        functools.partial(gpu_tail.forward, kernels=_kernels),
+        functools.partial(gpu_tail.backward, kernels=_kernels),
+    )
 
 
 @torch.library.impl(ops.LIB, "tail_logprobs_forward", "CompositeExplicitAutograd")

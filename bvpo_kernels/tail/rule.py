@@ -10,9 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bvpo_kernels import compiled, ops  # noqa: F401  (ops defines what compiled asks)
+
 # The cost model: an entry of a list costs what this many columns of the exact backward cost a token
-# (both are proportional to D). Measured for cpp and eager; DESIGN.md, section 11.
-COLUMNS_PER_ENTRY = {"eager": 200, "cpp": 64, "triton": 256}
+# (both are proportional to D), and more where products are faster. DESIGN.md, section 12.
+COLUMNS_PER_ENTRY = {
+    "eager": 200,
+    "cpp": 64 if "AMX" in compiled.cpu_detail() else 16,
+    "triton": 256,  # from bandwidth and product rate of an H100, not measured
+}
 # A list may leave out this many times the tolerance: its token's upstream gradient may be small.
 GIVE_UP = 4.0
 # What is left out is rounded up by more than fp32 sums lose.
