@@ -149,7 +149,9 @@ class OptimConfig:
 class TrainConfig:
     """units_per_step: prompts per optimizer step (the batch); tokens_per_micro_batch: the packer's
     budget; holdout: share of the units kept for evaluation; max_steps, where given, replaces
-    epochs; measure_head_memory: at the end, compare the head's memory with a naive head's."""
+    epochs; tail_tolerance: that of `linear_logprobs`, 0 being the exact backward (which runs too
+    while `alpha.estimate` measures the head); measure_head_memory: at the end, compare the head's
+    memory with a naive head's."""
 
     pairs: str = "train/data/smollm2_pairs.jsonl"
     units_per_step: int = 8
@@ -161,6 +163,7 @@ class TrainConfig:
     eval_every: int | None = None
     head_backend: str = "auto"
     workspace_mib: int = 128
+    tail_tolerance: float = 0.0
     measure_head_memory: bool = False
 
 

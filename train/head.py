@@ -26,6 +26,7 @@ class FusedHeadLM(nn.Module):
         compute_dtype: autocast dtype of the forward; None, or the dtype of the parameters, is none.
         backend: `impl` of `linear_logprobs`.
         workspace_bytes: bound on the head's temporary memory.
+        tail_tolerance: that of `linear_logprobs`; 0 is the exact backward.
 
     The output embedding's weight is read inside `forward`, hence under the hooks of a wrapper that
     shards it. Dropout is disabled: policy and reference must differ in their weights only.
@@ -38,12 +39,14 @@ class FusedHeadLM(nn.Module):
         compute_dtype: torch.dtype | None = None,
         backend: str = "auto",
         workspace_bytes: int | None = None,
+        tail_tolerance: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.compute_dtype = model.dtype if compute_dtype is None else compute_dtype
         self.backend = backend
         self.workspace_bytes = workspace_bytes
+        self.tail_tolerance = tail_tolerance
         self.transform = logit_transform(model.config)
         head = model.get_output_embeddings()
         if head is None or not isinstance(getattr(head, "weight", None), Tensor):
@@ -82,6 +85,7 @@ class FusedHeadLM(nn.Module):
             self.hidden(batch), head.weight, batch.target_T, bias=getattr(head, "bias", None),
             temperature=self.transform.temperature, softcap=self.transform.softcap,
             workspace_bytes=self.workspace_bytes, impl=self.backend,
+            tail_tolerance=self.tail_tolerance,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -149,5 +153,6 @@ def build_policy(cfg: RunConfig) -> tuple[FusedHeadLM, Any]:
         compute_dtype=getattr(torch, cfg.model.compute_dtype),
         backend=cfg.train.head_backend,
         workspace_bytes=cfg.train.workspace_mib * 2**20,
+        tail_tolerance=cfg.train.tail_tolerance,
     )
     return policy, tokenizer

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bvpo_kernels.losses import LOSSES
+from bvpo_kernels.tail import Certificate, tail_certificates
 from bvpo_kernels.types import BVPOLoss, Unit
 from train import head_memory, reference, report
 from train.alpha import build_alpha, build_stats, kind_scale
@@ -140,13 +141,14 @@ class Trainer:
             data = self.plan[step]
         with watch("forward"):
             kl = self.objective.kl(data.micro_batches)
-        for micro in data.micro_batches:
-            with self._measured(micro, alpha, data):
-                with watch("forward"):
-                    result = self._loss(micro, alpha, data, kl, step)
-                with watch("backward"):
-                    result.loss.backward()
-            metrics.add(result)
+        with tail_certificates() if self.policy.tail_tolerance > 0 else nullcontext() as tails:
+            for micro in data.micro_batches:
+                with self._measured(micro, alpha, data):
+                    with watch("forward"):
+                        result = self._loss(micro, alpha, data, kl, step)
+                    with watch("backward"):
+                        result.loss.backward()
+                metrics.add(result)
         with watch("optimizer"):
             grad_norm = self._clip(data, step)
             lr = self.optimizer.param_groups[0]["lr"]
@@ -156,7 +158,7 @@ class Trainer:
         if self.stats is not None:
             with watch("statistics"):
                 self.alpha.update(self.stats.result())
-        line = metrics.result()
+        line = metrics.result() | _tail_values(tails)
         return line | self._step_values(data, watch, alpha, lr, grad_norm)
 
     def _measured(self, micro: MicroBatch, alpha: float, data: Step) -> AbstractContextManager:
@@ -216,6 +218,15 @@ class Trainer:
         )
         log.write("eval", step, metrics)
         return metrics
+
+
+def _tail_values(certificates: Sequence[Certificate] | None) -> dict[str, float]:
+    """Share of the tokens that took the exact backward of the head; 1 where all did."""
+    if certificates is None:
+        return {}
+    tokens = sum(int(c.num_tokens) for c in certificates)
+    dense = sum(int(c.num_dense) for c in certificates)
+    return {"tail/dense_share": dense / tokens if tokens else 1.0}
 
 
 def _require_finite(scores_S: Tensor, micro: MicroBatch, step: int) -> None:

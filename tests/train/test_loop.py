@@ -17,6 +17,7 @@ from tiny_runs import (
 from transformers import AutoModelForCausalLM
 
 from bvpo_kernels.packing import pack, segment_sum
+from bvpo_kernels.tail import rule
 from bvpo_kernels.types import Unit
 from train import loop
 from train.checkpoint import save_model
@@ -275,6 +276,21 @@ def test_log_line_is_complete(tmp_path):
     assert names <= line.keys()
     assert line["loss"] == pytest.approx(0.5 * line["trace/loss"] + 0.5 * line["empty/loss"])
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_tail_tolerance_is_off_by_default_and_logged_when_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(rule, "COLUMNS_PER_ENTRY", dict.fromkeys(rule.COLUMNS_PER_ENTRY, 4))
+    plain = make_trainer(make_cfg(tmp_path / "a", max_steps=1), make_units(4))
+    assert "tail/dense_share" not in plain.train_step(0)
+    cfg = make_cfg(tmp_path / "b", max_steps=1, tail_tolerance=0.5)
+    sparse = make_trainer(cfg, make_units(4))
+    assert sparse.policy.tail_tolerance == 0.5
+    assert 0 <= sparse.train_step(0)["tail/dense_share"] < 1
+    differences = [
+        float((p - q).abs().max())
+        for p, q in zip(plain.policy.parameters(), sparse.policy.parameters(), strict=True)
+    ]
+    assert max(differences) > 0  # something was left out
 
 
 def test_learning_rate_schedule():

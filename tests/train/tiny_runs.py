@@ -61,6 +61,7 @@ def make_trainer(cfg: RunConfig, units, held_out=(), model=None) -> Trainer:
     policy = FusedHeadLM(
         tiny_model() if model is None else model,
         compute_dtype=getattr(torch, cfg.model.compute_dtype),
+        tail_tolerance=cfg.train.tail_tolerance,
     )
     return Trainer(cfg, policy, None, units, list(held_out))
 
