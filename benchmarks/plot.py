@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -75,6 +77,9 @@ def _over_tokens(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def plot_group(group: Group, frame: pd.DataFrame, path: Path) -> list[Path]:
     """The figures of a group beside its CSV; returns their paths."""
+    if group.draw is not None:
+        group.draw(frame, path.with_suffix(".png"))
+        return [path.with_suffix(".png")]
     if not group.against_T:
         plot(frame, path.with_suffix(".png"))
         return [path.with_suffix(".png")]
@@ -129,6 +134,17 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(part, dpi=120, format="png")
     plt.close(figure)
     os.replace(part, path)
+
+
+@contextmanager
+def drawing(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure to draw on; written to `path`, whole or not at all."""
+    figure = plt.figure(figsize=size, layout="constrained")
+    try:
+        yield figure
+        _save(figure, path)
+    finally:
+        plt.close(figure)
 
 
 def plot(frame: pd.DataFrame, path: Path) -> None:

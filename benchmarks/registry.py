@@ -11,8 +11,10 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -75,6 +77,10 @@ def _unpredicted(_: Case) -> int:
     return 0
 
 
+def _no_facts(_: Case, __: Any) -> dict[str, float]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Row:
     """One implementation.
@@ -85,6 +91,9 @@ class Row:
     yardstick: for a row without outputs to check (a bare GEMM), what it stands for.
     modes: those of the cases that the row is for; none means all.
     package: whose version is recorded with the row's results.
+    make_certified: what the gate runs in the place of `make`, for a row that states how far it may
+        be off: its outputs hold `bound:NAME`, in the Euclidean norm, beside NAME.
+    facts: further numbers of a row, by metric; asked for once, outside of what is timed.
     """
 
     name: str
@@ -94,6 +103,8 @@ class Row:
     yardstick: str = ""
     modes: tuple[str, ...] = ()
     package: str = ""
+    make_certified: Callable[[Case, Any], Call] | None = None
+    facts: Callable[[Case, Any], dict[str, float]] = _no_facts
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,8 @@ class Group:
     tiny: a very small case of the same dtype and mode; it runs first where memory is measured, so
     that what libraries allocate once is not counted.
     against_T: metrics that get a figure of their own, a line per row against the tokens.
+    memory: whether peak memory is measured, each row in a process of its own.
+    draw: the group's own figure, from the records to a PNG, in the place of all others.
     """
 
     name: str
@@ -114,6 +127,8 @@ class Group:
     gate: Callable[[Case, Any], Gate]
     tiny: Callable[[Case], Case]
     against_T: tuple[str, ...] = ()
+    memory: bool = True
+    draw: Callable[[pd.DataFrame, Path], None] | None = None
 
     @property
     def baseline(self) -> Row:

@@ -48,7 +48,7 @@ def admit(row: Row, case: Case, inputs: Any, gate: Gate) -> Candidate:
         return Candidate(row, f"{records.REFUSED}{refused}")
     try:
         start = time.perf_counter()
-        outputs = row.make(case, gate.inputs)()
+        outputs = (row.make_certified or row.make)(case, gate.inputs)()
         measure.synchronize(case.device)
         elapsed = time.perf_counter() - start
         call = row.make(case, inputs)
@@ -85,6 +85,7 @@ def run_case(group: Group, case: Case, rounds: int | None, bar: tqdm) -> list[Re
     with measure.OtherLoad() as load:
         times = measure.interleave(calls, rounds or case.rounds, case.device, first, bar.update)
     timings = measure.summarize(times, group.baseline.name)
+    facts = {c.row.name: c.row.facts(case, inputs) for c in candidates if c.call is not None}
     del inputs, calls
     for candidate in candidates:
         candidate.call = None
@@ -92,9 +93,13 @@ def run_case(group: Group, case: Case, rounds: int | None, bar: tqdm) -> list[Re
     for candidate in candidates:
         row = candidate.row
         timing = timings.get(row.name)
-        peak, why = _peak(group, case, row) if timing else (None, "")
+        peak, why = _peak(group, case, row) if timing and group.memory else (None, "")
         note = candidate.status if not why else f"{candidate.status}; memory: {why}"
         out += _records(group, case, candidate, timing, peak, note, load.percent)
+        out += [
+            records.record(group.name, case, row.name, metric, value, "")
+            for metric, value in facts.get(row.name, {}).items()
+        ]
     return out
 
 

@@ -27,7 +27,8 @@ class Verdict:
 def judge(outputs: Outputs, gate: Gate) -> Verdict:
     """Compare what a row returned for `gate.inputs` with the oracle, output by output.
 
-    The tolerance, `bvpo_kernels.testing.assert_accurate`, is twice (naive error plus an ulp).
+    The tolerance, `bvpo_kernels.testing.assert_accurate`, is twice (naive error plus an ulp), and
+    the `bound:NAME` that the row states for NAME.
     """
     selected = gate.select(outputs)
     missing = sorted(gate.oracle.keys() - selected.keys())
@@ -41,7 +42,8 @@ def judge(outputs: Outputs, gate: Gate) -> Verdict:
             testing.norm_error(actual, oracle) / norm if norm > 0 else 0.0,
         )
         try:
-            testing.assert_accurate(name, actual, gate.baseline[name], oracle)
+            bound = float(outputs.get(f"bound:{name}", 0.0))
+            testing.assert_accurate(name, actual, gate.baseline[name], oracle, bound)
         except AssertionError as error:
             failures.append(str(error))
     return Verdict(errors, "; ".join(failures))

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import measure, records, registry, run, verify
-from benchmarks.groups import logprobs
+from benchmarks import measure, records, registry, run, token_profiles, verify
+from benchmarks.groups import logprobs, tail
 from benchmarks.registry import Case, Group, Row
 
 # Not multiples of any tile, and many tokens per vocabulary row, so that dW is a sum.
@@ -107,6 +107,42 @@ def test_logprobs_covers_what_it_promises():
     assert logprobs.GROUP.baseline.name == "naive"
     assert any(case.shape.get("ignored") == 50 for case in logprobs.GROUP.quick)
     assert {"naive", "trl-style", "eager", "cpp"} <= {row.name for row in logprobs.GROUP.rows}
+
+
+def test_a_stated_bound_is_allowed_besides():
+    def off(inputs, outputs):
+        return outputs["dhidden"] + 0.1 * outputs["dhidden"].abs().max()
+
+    assert "dhidden" in _judge(_row("off", dhidden=off)).failure
+    bound = {"bound:dhidden": lambda _, outputs: 0.2 * outputs["dhidden"].abs().max() * 300}
+    assert _judge(_row("off", dhidden=off, **bound)).failure == ""
+    other = {"bound:dweight": bound["bound:dhidden"]}
+    assert "dhidden" in _judge(_row("off", dhidden=off, **other)).failure
+
+
+@pytest.mark.parametrize("mode", ["peaked", "reasoning", "flat"])
+def test_sparse_rows_pass_their_gate(mode):
+    case = tail.GROUP.tiny(Case({"T": 1, "D": 1, "V": 1}, "bfloat16", mode))
+    inputs = tail.GROUP.make_inputs(case)
+    gate = tail.GROUP.gate(case, inputs)
+    for name in ("exact", "2^-5", "2^-12"):
+        row = tail.GROUP.row(name)
+        if row.missing(case):
+            continue
+        candidate = run.admit(row, case, inputs, gate)
+        assert candidate.status == records.OK
+        facts = row.facts(case, inputs)
+        if name != "exact":
+            assert 0 <= facts["dense_share"] <= 1
+            assert facts["max_bound"] <= 2.0 ** -int(name.removeprefix("2^-")) * (1 + 1e-6)
+    assert 0 <= tail.GROUP.baseline.facts(case, inputs)["share_p99"] <= 1
+
+
+def test_entropies_follow_the_published_profile():
+    share = torch.linspace(0, 1, 10001)
+    entropy = token_profiles.entropy_quantiles("reasoning", share)
+    assert float((entropy < 0.01).float().mean()) == pytest.approx(0.5064, abs=1e-3)
+    assert float((entropy > 0.672).float().mean()) == pytest.approx(0.2, abs=1e-3)
 
 
 @pytest.mark.parametrize("mode", logprobs.MODES)
