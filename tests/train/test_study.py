@@ -279,15 +279,15 @@ def test_a_killed_arm_is_run_again_and_gives_the_same(finished):
     assert after["evaluation"] == before["evaluation"]
 
 
-def outcome(name: str, seed: int, solved: np.ndarray, marginal_loss: float) -> dict:
+def outcome(name: str, seed: int, solved: np.ndarray, loss: float) -> dict:
     evaluation = {
         mode: {"accuracy": float(solved.mean()), "answered": 1.0, "trace_length": 20.0,
                "bits": np.packbits(solved.astype(bool)).tobytes().hex()}
         for mode in results.MODES
     }  # fmt: skip
     probe = [
-        {"step": step, TRACE: 0.6, EMPTY: 0.6, MARGINAL: value}
-        for step, value in ((0, math.log(2)), (10, 0.65), (20, marginal_loss))
+        {"step": step, TRACE: value + 0.1, EMPTY: value - 0.1, MARGINAL: 0.7}
+        for step, value in ((0, math.log(2)), (10, 0.65), (20, loss))
     ]
     log = [{"step": 1, "alpha": 0.5, "loss": 0.6, "grad_norm": 1.0}]
     return {"arm": name, "seed": seed, "log": log, "probe": probe, "evaluation": evaluation,
@@ -322,8 +322,10 @@ def test_the_verdict_follows_the_numbers(gain, word):
         else (10 + 10 * (0.65 - target) / (0.65 - 0.62))
     )
     assert results.steps_to_loss(made, "a* trace", 0) == pytest.approx(expected)
+    by_arm["a=.5"][1]["probe"] = [{"step": 0, TRACE: 0.7, EMPTY: 0.7, MARGINAL: 0.7}]
+    assert results.target_loss(made, 1) is None
     for run_file in by_arm["a* trace"].values():
-        run_file["probe"][-1][MARGINAL] = run_file["probe"][1][MARGINAL] = 0.69
+        run_file["probe"][-1][EMPTY] = run_file["probe"][1][EMPTY] = 0.9
     assert results.steps_to_loss(made, "a* trace", 0) == math.inf
     assert "not reached" in "\n".join(tables.to_markdown(findings.markdown_accuracy(made)))
 

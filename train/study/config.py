@@ -92,8 +92,8 @@ class StudyConfig:
 
 
 QUICK: dict[str, Any] = {
-    "seeds": (0,), "sft_steps": 300, "proposals": 24, "units": 96, "steps": 12, "pool": 48,
-    "pool_traces": 4, "checkpoints": (0, 12), "eval_prompts": 400, "probe_units": 16,
+    "seeds": (0,), "sft_steps": 300, "units": 64, "steps": 12, "units_per_step": 8, "pool": 48,
+    "pool_traces": 4, "checkpoints": (0, 12), "eval_prompts": 300, "probe_units": 16,
     "probe_every": 6,
 }  # fmt: skip
 

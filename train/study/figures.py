@@ -96,6 +96,7 @@ def draw_error(results: Results) -> Figure:
                 axes.plot([low, high], [height, height], color=color, lw=2)
                 axes.plot(middle, height, "o", color=color, ms=4, label=label if not place else "")
         axes.set_ylim(-0.55, None)
+        axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick < axes.get_ylim()[1]])
         axes.set_xlim(-0.03, 1.03)
         axes.axhline(0, color="0.6", lw=0.8)
         _plain(axes, f"after {step} steps", "a, weight of the trace gradient", "")
@@ -127,7 +128,9 @@ def draw_variances(results: Results) -> Figure | None:
         for (_, step), curve in results.curves.items():
             left.plot(step, curve["moments"][key], "x", color=color, ms=7)
     left.axhline(0, color="0.6", lw=0.8)
-    left.legend(frameon=False, fontsize=9, title="x: brute force, arm a = .5")
+    left.set_ylim(top=1.3 * left.get_ylim()[1])
+    left.legend(frameon=False, fontsize=9, ncols=4, loc="upper center",
+                title="lines: arm a* trace, a line per seed; x: brute force, arm a=.5")  # fmt: skip
     _plain(left, "Gradient noise per unit", "optimizer step", "squared gradient norm")
     drift = (("bias_t_sq", "traces", COLORS[TRACE]), ("bias_e_sq", "empty traces", COLORS[EMPTY]))
     for key, label, color in drift:
@@ -137,7 +140,7 @@ def draw_variances(results: Results) -> Figure | None:
         for (_, step), curve in results.curves.items():
             right.plot(step, curve["moments"][key], "x", color=color, ms=7)
     right.axhline(0, color="0.6", lw=0.8)
-    right.legend(frameon=False, fontsize=9)
+    right.legend(frameon=False, fontsize=9, title="lines: arm a* marginal")
     _plain(right, "Squared bias against the marginal", "optimizer step", "squared gradient norm")
     return figure
 

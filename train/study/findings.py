@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from bvpo_kernels.mixing import MARGINAL
@@ -21,7 +22,7 @@ def _verdict(change: Interval) -> str:
 def accuracy_findings(results: Results) -> list[str]:
     """Each measured weight against the paper's fixed one, and the best fixed weight per mode."""
     lines = []
-    for name in ("a* trace", "a* marginal"):
+    for name in ("a* trace", "a* marginal", "DPO 2x"):
         parts = []
         for mode in MODES:
             change = difference(results, name, BASELINE, mode)
@@ -45,15 +46,30 @@ def optimum_findings(results: Results) -> list[str]:
     rows = optimum_rows(results)
     if not rows:
         return []
-    lines = []
+    apart = [abs(row["formula"] - row["brute_argmin"]) for row in rows]
+    lines = [
+        f"a* by its formula, from the moments of all units, is within {max(apart):.2f} of the "
+        f"minimum of the brute-force curve at all {len(rows)} checkpoints (median "
+        f"{statistics.median(apart):.2f})."
+    ]
     for name in (TRACE, MARGINAL):
         both = sum(_overlap(row, name) for row in rows)
         lost = [row[f"mse_{name}_star"] / row["mse_best"] - 1 for row in rows]
         lines.append(
-            f"a* with the {name} as reference: its 95 % interval and that of the brute-force "
+            f"As the package measures it from a few small steps, with the {name} as reference: its "
+            f"95 % interval and that of the brute-force "
             f"minimum overlap at {both} of {len(rows)} checkpoints; the error at a* is "
             f"{100 * statistics.median(lost):.1f} % above the least error (median; at most "
             f"{100 * max(lost):.1f} %)."
+        )
+    used = [
+        f"{run['log'][-1]['alpha']:.2f} (minimum {_last_minimum(rows, seed):.2f})"
+        for seed, run in results.arms.get("a* trace", {}).items()
+    ]
+    if used:
+        lines.append(
+            "The lagged weight at the last step of the arm a* trace, and the brute-force minimum "
+            f"at the last checkpoint of a=.5, for the seeds in turn: {', '.join(used)}."
         )
     lost = [row["mse_0.5"] / row["mse_best"] - 1 for row in rows]
     lines.append(
@@ -66,29 +82,52 @@ def optimum_findings(results: Results) -> list[str]:
     return lines
 
 
+def _last_minimum(rows: Rows, seed: int) -> float:
+    own = [row for row in rows if row["seed"] == seed]
+    return max(own, key=lambda row: row["step"])["brute_argmin"] if own else math.nan
+
+
 def _overlap(row: dict, name: str) -> bool:
     return row["brute_low"] <= row[f"{name}_high"] and row[f"{name}_low"] <= row["brute_high"]
 
 
 def why(results: Results) -> list[str]:
-    """Why a better gradient need not be a better model: three quantities of this run."""
+    """Why a better gradient need not be a better model: quantities of this run."""
     rows = optimum_rows(results)
-    if not rows:
-        return []
-    noise = statistics.median(row["trS_t"] / row["trS_e"] for row in rows)
-    unlike = statistics.median(row["bias_e_sq"] / max(row["mu_m_sq"], 1e-30) for row in rows)
-    first = min(rows, key=lambda row: row["step"])
-    signal = first["mu_m_sq"] / first["mse_best"]
-    return [
-        f"The trace gradient has {noise:.1f} times the variance of the empty one (median).",
-        f"The squared bias of the empty gradient is {unlike:.2f} of the squared norm of the "
-        "marginal gradient (median): 1 would mean that it says nothing of it.",
-        f"At the start the squared norm of the true gradient is {signal:.2f} of the least error "
-        "of one step's gradient.",
-        "The error is measured against the gradient of the marginal loss, which is about answers "
-        "given after a trace. Accuracy without a trace is no part of it: there the empty loss is "
-        "the objective itself and not a biased stand-in, and a lower weight of the trace helps.",
-    ]
+    lines = []
+    if rows:
+        share = statistics.median(
+            row["bias_e_sq"] / (row["bias_e_sq"] + row["trS_e"] / row["batch"]) for row in rows
+        )
+        ratios = ", ".join(
+            f"{row['trS_e'] / (row['trS_e'] + row['trS_t']):.2f}" for row in _first_rows(rows)
+        )
+        signal = statistics.median(row["mu_m_sq"] / row["mse_best"] for row in rows)
+        lost = statistics.median(row["mse_0.5"] / row["mse_best"] - 1 for row in rows)
+        lines += [
+            f"Noise rules here: bias is {100 * share:.0f} % of the squared error of the empty "
+            f"gradient at this batch size (median). Then a* is close to the ratio of noises "
+            f"tr S_e / (tr S_t + tr S_e), at the start {ratios} for the seeds in turn: which of "
+            "the two kinds is the noisier one differs between seeds, and so does a*.",
+            f"The squared norm of the true gradient is {signal:.2f} of the least error of one "
+            "step's gradient (median): even the best mixture of one step is mostly noise.",
+            f"The curve is flat around its minimum: .5 costs {100 * lost:.1f} % of squared error "
+            "(median), which these runs cannot resolve in accuracy.",
+        ]
+    change = difference(results, "a=0", "a=1", "no_thinking")
+    if change is not None:
+        lines.append(
+            "The error is measured against the marginal gradient, which is about answers after a "
+            "trace; NoThinking accuracy is no part of it. There the empty loss is the objective "
+            f"itself: a=0 less a=1 is {change.shown(100)} points."
+        )
+    return lines
+
+
+def _first_rows(rows: Rows) -> Rows:
+    """Of each seed, the first checkpoint."""
+    first = min(row["step"] for row in rows)
+    return [row for row in rows if row["step"] == first]
 
 
 def markdown_accuracy(results: Results) -> Rows:
@@ -124,6 +163,7 @@ def markdown_optimum(results: Results) -> Rows:
         ):
             interval = Interval(row[middle], row[f"{name}_low"], row[f"{name}_high"])
             cells[title] = interval.shown(digits=2)
+        cells["a*, formula"] = f"{row['formula']:.2f}"
         for title, key in (("MSE(0)", "mse_0"), ("MSE(.5)", "mse_0.5"), ("MSE(1)", "mse_1"),
                            ("at a* trace", "mse_trace_star"),
                            ("at a* marginal", "mse_marginal_star")):  # fmt: skip

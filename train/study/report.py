@@ -71,7 +71,7 @@ def _lines(results: Results, cfg: StudyConfig) -> list[str]:
         "",
         "Made by `python -m train study" + (" --quick" if cfg.quick else "") + "`: seeds "
         f"{', '.join(map(str, results.seeds))}; commit {origin['commit']}; {origin['machine']}. "
-        f"{done} runs of {cfg.steps} steps, {_seconds(results):.0f} s in all.",
+        f"{done} runs of {cfg.steps} steps, {_seconds(results):.0f} s of wall clock in all.",
         "",
         "## What was found",
         "",
@@ -90,7 +90,8 @@ def _lines(results: Results, cfg: StudyConfig) -> list[str]:
         f"{cfg.units_per_step} of the other half give the error, then the halves change places. "
         "Every gradient comes from plain autograd on padded logits. The dots and lines below zero "
         "are the minimum of each curve and the package's a*, with 95 % intervals "
-        "(minimum: delete-a-group jackknife).",
+        "(minimum: delete-a-group jackknife). The package sees half a batch per step, some ten "
+        "steps. The checkpoints of one seed share their units, so that they are not independent.",
         "",
         *tables.to_markdown(findings.markdown_optimum(results)),
         "",
@@ -103,9 +104,11 @@ def _lines(results: Results, cfg: StudyConfig) -> list[str]:
         "![accuracy](accuracy.png)",
         "",
         f"Intervals of 95 % are over the {cfg.eval_prompts} test prompts of each seed, the seeds "
-        "held fixed; ticks in the figure are the seeds. Differences are paired by prompt. "
-        "The fixed loss is, per seed, half-way from ln 2 to the held-out marginal DPO loss at "
-        "which a = .5 ends.",
+        "held fixed; ticks in the figure are the seeds. Differences are paired by prompt; nothing "
+        "is corrected for the number of comparisons. "
+        "The fixed loss is, per seed, half-way from ln 2 to the least held-out (L_trace + "
+        "L_empty) / 2 of a = .5, interpolated between probes; the mean over seeds, where all "
+        "reach it.",
         "",
         *tables.to_markdown(findings.markdown_accuracy(results)),
         "",

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from bvpo_kernels.mixing.optimum import t_quantile
+from bvpo_kernels.types import EMPTY, TRACE
 from train.study.config import ARMS, StudyConfig
 
 MODES = ("thinking", "no_thinking")
 BASELINE = "a=.5"
 _NORMAL = 1.96
+_ROUNDING = 1e-5  # of a loss
 
 
 @dataclass(frozen=True)
@@ -113,32 +114,29 @@ def difference(results: Results, name: str, other: str, mode: str) -> Interval |
     return _mean_interval(pairs) if pairs else None
 
 
-def seed_interval(values: Sequence[float]) -> Interval:
-    """Student's t interval over seeds; unknown (infinite) for one seed."""
-    mean = statistics.fmean(values)
-    if len(values) < 3:
-        return Interval(mean, -math.inf, math.inf)
-    half = t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
+def mixed_loss(probe: Mapping[str, float]) -> float:
+    """(L_trace + L_empty) / 2, the paper's objective: what all arms are compared on."""
+    return (probe[TRACE] + probe[EMPTY]) / 2
 
 
 def target_loss(results: Results, seed: int) -> float | None:
-    """A seed's fixed loss: the marginal loss half-way from ln 2 to where the arm a = .5 ends."""
+    """A seed's fixed loss, half-way from ln 2 to the least held-out loss of the arm a = .5; none
+    where that arm never was below ln 2."""
     run = results.arms.get(BASELINE, {}).get(seed)
-    if run is None:
-        return None
-    return (math.log(2) + run["probe"][-1]["marginal"]) / 2
+    least = math.inf if run is None else min(map(mixed_loss, run["probe"]))
+    return (math.log(2) + least) / 2 if least < math.log(2) - _ROUNDING else None
 
 
 def steps_to_loss(results: Results, name: str, seed: int) -> float:
-    """Optimizer steps until the held-out marginal loss is at the seed's fixed loss, interpolated
-    between probes; inf where it is not reached."""
+    """Optimizer steps until the held-out loss is at the seed's fixed loss, interpolated between
+    probes; inf where it is not reached."""
     target, probes = target_loss(results, seed), results.arms[name][seed]["probe"]
     if target is None:
         return math.inf
     for before, after in pairwise(probes):
-        if after["marginal"] <= target:
-            share = (before["marginal"] - target) / (before["marginal"] - after["marginal"])
+        first, second = mixed_loss(before), mixed_loss(after)
+        if second <= target:
+            share = (first - target) / (first - second)
             return before["step"] + share * (after["step"] - before["step"])
     return math.inf
 

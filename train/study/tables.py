@@ -65,7 +65,8 @@ def optimum_rows(results: Results) -> Rows:
     rows: Rows = []
     for (seed, step), curve in sorted(results.curves.items()):
         brute, row = curve["brute"], {"seed": seed, "step": step, "units": curve["units"]}
-        row |= {"skipped": curve["skipped"], "ess": curve["ess"]}
+        row |= {"skipped": curve["skipped"], "ess": curve["ess"], "batch": curve["batch"]}
+        row["formula"] = formula(curve["moments"], curve["batch"])
         row |= {f"brute_{key}": brute[key] for key in ("argmin", "low", "high")}
         for name in (TRACE, MARGINAL):
             star = curve["package"][name]
@@ -75,6 +76,15 @@ def optimum_rows(results: Results) -> Rows:
         row |= {f"mse_{a:g}": curve_value(brute, a) for a in (0.0, 0.5, 1.0)}
         rows.append(row | {"mse_best": curve_value(brute, best)} | curve["moments"])
     return rows
+
+
+def formula(moments: Mapping[str, float], batch: int) -> float:
+    """a* = [-<b_e, Delta> - tr S_ed / B] / [|Delta|^2 + tr S_d / B], unclipped, from the unbiased
+    moments of all units; 2 <b_e, Delta> = |b_t|^2 - |b_e|^2 - |Delta|^2."""
+    cross = (moments["bias_t_sq"] - moments["bias_e_sq"] - moments["delta_sq"]) / 2
+    noise_ed = moments["trS_te"] - moments["trS_e"]
+    noise_d = moments["trS_t"] + moments["trS_e"] - 2 * moments["trS_te"]
+    return (-cross - noise_ed / batch) / (moments["delta_sq"] + noise_d / batch)
 
 
 def curve_rows(results: Results) -> Rows:
