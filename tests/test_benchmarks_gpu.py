@@ -26,14 +26,15 @@ def statuses(rows):
 def test_head_group_gates_and_times(monkeypatch):
     monkeypatch.setattr(gpu_groups, "VOCAB", 700)
     group = gpu_groups.head_group("cpu", (48,), (24,))
-    rows = tuple(row for row in group.rows if row.name != "torch.compile")  # half a minute
+    compiled = ("torch.compile", "cut-cross-entropy")  # half a minute
+    rows = tuple(row for row in group.rows if row.name not in compiled)
     group = dataclasses.replace(group, rows=rows)
     assert [case.mode for case in group.cases] == ["scores", "frozen", "trained"]
     for case in group.cases:
         states = statuses(run.run_case(group, case, 1, tqdm(disable=True)))
         for row in ("naive", "eager", *(["triton"] if backends.INTERPRETED else [])):
             assert states[row].startswith("ok"), (row, states[row])
-        assert states["liger"].startswith((records.MISSING, records.FAILED, "ok"))
+        assert states["Liger"].startswith((records.MISSING, records.FAILED, "ok"))
 
 
 def test_pair_reduce_group_gates_and_times():
