@@ -121,7 +121,10 @@ def plot_against_tokens(frame: pd.DataFrame, metric: str, path: Path) -> None:
     found: dict[str, Artist] = {}
     for panel in axes[0]:
         found |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=7)
+    columns = min(2 * len(modes), 5)
+    figure.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=7
+    )
     first = frame.iloc[0]
     sizes = ", ".join(points["others"].unique())
     figure.suptitle(f"{first['cpu']}, {first['threads']} threads: {sizes}", fontsize=8)
