@@ -109,8 +109,8 @@ def _plan(ranges: Tensor, exact: bool, sketch: int, num_kinds: int) -> tuple:
 
 
 @pytest.mark.parametrize("kept", [(0, 0), (5, 0), (0, 2)])
-@pytest.mark.parametrize("exact", [False, True])
-def test_opcheck(exact, kept):
+@pytest.mark.parametrize(("exact", "impl"), [(False, "cpp"), (True, "cpp"), (True, "eager")])
+def test_opcheck(exact, impl, kept):
     """Schemas and fakes of the operators, in bf16 for the dtypes of what is kept."""
     exact = exact or kept[1] > 0
     torch.manual_seed(0)
@@ -121,6 +121,8 @@ def test_opcheck(exact, kept):
     checks = ("test_schema", "test_faketensor")
     op = torch.ops.bvpo
     torch.library.opcheck(op.pair_reduce.default, (torch.randn(3, 4, 5),), test_utils=checks)
+    into = (torch.randn(3, 4, 5), torch.zeros(4, 5))
+    torch.library.opcheck(op.pair_reduce_into.default, into, test_utils=checks)
     for arguments in (
         (op.grouped_linear_backward, dy, x, True, True, rows),
         (op.grouped_linear_backward, dy, x, False, True, None),
@@ -135,7 +137,7 @@ def test_opcheck(exact, kept):
     )
     call = (
         torch.randn(9), hidden, weight, target, weight[:, 0].clone(), logprobs, max_T, logsum, 1.0,
-        None, -100, 1000, True, True, True, rows,
+        None, -100, 1000, impl, True, True, True, rows,
     )  # fmt: skip
     torch.library.opcheck(op.linear_logprobs_statistics.default, (*call, *plan), test_utils=checks)
 

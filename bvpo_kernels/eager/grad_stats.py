@@ -6,6 +6,7 @@ ordinary product: all groups together cost the ordinary FLOPs. Tiles of rows bou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -121,17 +122,16 @@ class Gatherer:
         if rows_U is not None:
             self.rows_GUD = self.rows_GUD.new_zeros(groups, rows_U.shape[0], shape[1])
 
-    def add(self, rows: slice, tiles_GRD: Tensor) -> Tensor:
-        """Take in the gradients of `rows` of the parameter; returns their sum over the groups."""
-        total_RD, gram_GG = torch.ops.bvpo.pair_reduce(tiles_GRD)
-        self.gram_GG += gram_GG
+    def add(self, rows: slice, tiles_GRD: Tensor, total_RD: Tensor) -> None:
+        """Take in the gradients of `rows` of the parameter; writes their sum over the groups."""
+        self.gram_GG += torch.ops.bvpo.pair_reduce_into(tiles_GRD, total_RD)
         if self.plan.num_kinds:
-            self.kinds_KPD[:, rows].index_add_(0, self.plan.kinds_G, tiles_GRD)
+            kinds_KRD = self.kinds_KPD[:, rows]
+            kinds_KRD.index_add_(0, self.plan.kinds_G, tiles_GRD.to(kinds_KRD.dtype))
         if self.rows_U is not None:
             here_U = (self.rows_U >= rows.start) & (self.rows_U < rows.stop)
             index_U = (self.rows_U - rows.start).clamp(0, rows.stop - rows.start - 1)
             self.rows_GUD += tiles_GRD[:, index_U] * here_U[:, None]
-        return total_RD
 
 
 def vector_statistics(grads_GP: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -179,14 +179,23 @@ def linear_backward(
         dweight = x_TD.new_empty(shape)
         step = tile_rows(len(bounds), shape[1], accumulate_dtype(x_TD.dtype).itemsize)
         for rows in ranges(shape[0], step):
-            tiles = [mm(dy_TP[start:end, rows].T, x_TD[start:end]) for start, end in bounds]
-            dweight[rows] = gatherer.add(rows, torch.stack(tiles))
+            gatherer.add(rows, _group_products(dy_TP[:, rows], x_TD, bounds), dweight[rows])
         gram_GG += gatherer.gram_GG
         kept_weight, rows_GUD = gatherer.kinds_KPD, gatherer.rows_GUD
     if need_weight and plan.sketch:
         kept_weight = _sketch(dy_TP, x_TD, bounds, plan, layer)
     record = make_record(gram_GG if plan.exact else None, plan, layer, x_TD.device)
     return dweight, dbias, record, kept_weight, kept_bias, rows_GUD
+
+
+def _group_products(dy_TR: Tensor, x_TD: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+    """dY_g^T X_g of each group, [G, R, D]; on a CPU in the dtype that its GEMM writes."""
+    if x_TD.is_cuda:
+        return torch.stack([mm(dy_TR[start:end].T, x_TD[start:end]) for start, end in bounds])
+    tiles_GRD = x_TD.new_empty(len(bounds), dy_TR.shape[1], x_TD.shape[1])
+    for tile_RD, (start, end) in zip(tiles_GRD, bounds, strict=True):
+        torch.mm(dy_TR[start:end].T, x_TD[start:end], out=tile_RD)
+    return tiles_GRD
 
 
 def _sketch(
@@ -262,6 +271,25 @@ def _embedding_gram(
     return gram_GG
 
 
+def norm_sums(
+    dy_TD: Tensor, x_TD: Tensor, ranges_G2: Tensor, eps: float, centered: bool, need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """sum_{t in g} dY_t * xhat_t, the gradient of the weight of RMSNorm (LayerNorm: `centered`),
+    and sum_{t in g} dY_t, that of the bias; [G, D], empty where not wanted."""
+    bounds = ranges_G2.tolist()
+    dy_TD, x_TD = (t.to(accumulate_dtype(t.dtype)) for t in (dy_TD, x_TD))
+    weight_GD, bias_GD = empty(x_TD), empty(x_TD)
+    if need_weight:
+        if centered:
+            x_TD = x_TD - x_TD.mean(-1, keepdim=True)
+        xhat_TD = x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps)
+        weight_GD = _group_sums(xhat_TD * dy_TD, bounds)
+    if need_bias:
+        bias_GD = _group_sums(dy_TD, bounds)
+    return weight_GD, bias_GD
+
+
 def norm_statistics(
     dy_TD: Tensor,
     x_TD: Tensor,
@@ -271,23 +299,19 @@ def norm_statistics(
     need_bias: bool,
     plan: Plan,
     layer: int,
+    sums: Callable[..., tuple[Tensor, Tensor]] = norm_sums,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `bvpo::grouped_norm_statistics`: record, kept of the weight, kept of the bias.
-
-    g_g = sum_{t in g} dY_t * xhat_t, for the weight of RMSNorm (and LayerNorm: `centered`).
-    """
-    bounds = group_bounds(plan, x_TD.shape[0])
-    gram_GG = torch.zeros(len(bounds), len(bounds), dtype=torch.float64, device=x_TD.device)
+    """The op `bvpo::grouped_norm_statistics`: record, kept of the weight, kept of the bias."""
+    ranges_G2 = torch.tensor(group_bounds(plan, x_TD.shape[0]))
+    groups = len(ranges_G2)
+    gram_GG = torch.zeros(groups, groups, dtype=torch.float64, device=x_TD.device)
     kept_weight, kept_bias = empty(x_TD), empty(x_TD)
-    dy_TD, x_TD = (t.to(accumulate_dtype(t.dtype)) for t in (dy_TD, x_TD))
+    weight_GD, bias_GD = sums(dy_TD, x_TD, ranges_G2, eps, centered, need_weight, need_bias)
     if need_weight:
-        if centered:
-            x_TD = x_TD - x_TD.mean(-1, keepdim=True)
-        xhat_TD = x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps)
-        gram, kept_weight = vector_statistics(_group_sums(xhat_TD * dy_TD, bounds), plan)
+        gram, kept_weight = vector_statistics(weight_GD, plan)
         gram_GG += gram
     if need_bias:
-        gram, kept_bias = vector_statistics(_group_sums(dy_TD, bounds), plan)
+        gram, kept_bias = vector_statistics(bias_GD, plan)
         gram_GG += gram
     record = make_record(gram_GG if plan.exact else None, plan, layer, x_TD.device)
     return record, kept_weight, kept_bias

@@ -74,8 +74,10 @@ class _Sums:
                 if self.left_Tk is not None and self.left_Vk is not None:
                     self.left_Tk[rows] += mm(dz, self.left_Vk[columns].to(dz.dtype))
         if self.dweight_VD is not None:
-            total = tiles_GRD[0] if self.gatherer is None else self.gatherer.add(columns, tiles_GRD)
-            self.dweight_VD[columns] = total
+            if self.gatherer is None:
+                self.dweight_VD[columns] = tiles_GRD[0]
+            else:
+                self.gatherer.add(columns, tiles_GRD, self.dweight_VD[columns])
 
 
 def _vocab_tile(inputs: BackwardInputs, vocab: int, groups: int, workspace: int) -> tuple[int, int]:
@@ -132,29 +134,41 @@ def backward(
     dhidden = hidden_TD.new_zeros(0)
     if sums.dhidden_TD is not None:
         dhidden = logprobs.expand(sums.dhidden_TD.to(hidden_TD.dtype), scored, num_tokens)
-    return dhidden, *_finish(sums, inputs, bounds, head, plan, layer)
-
-
-def _finish(
-    sums: _Sums, inputs: BackwardInputs, bounds: list[tuple[int, int]], head: Head, plan: Plan,
-    layer: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """dweight, dbias, record, kept of both, rows."""
-    hidden_TD = inputs.hidden_TD
     dweight = hidden_TD.new_zeros(0) if sums.dweight_VD is None else sums.dweight_VD
-    dbias = head.weight_VD.new_zeros(0)
-    kept_weight, kept_bias, rows_GUD = empty(hidden_TD), empty(hidden_TD), empty(hidden_TD)
-    gram_GG = torch.zeros(len(bounds), len(bounds), dtype=torch.float64, device=hidden_TD.device)
-    if sums.gatherer is not None:
-        gram_GG += sums.gatherer.gram_GG
-        kept_weight, rows_GUD = sums.gatherer.kinds_KPD, sums.gatherer.rows_GUD
-    if sums.left_Tk is not None:
+    gatherer, none = sums.gatherer, empty(hidden_TD)
+    return dhidden, dweight, *finish(
+        inputs.hidden_TD, bounds, bias_V,
+        None if gatherer is None else gatherer.gram_GG,
+        none if gatherer is None else gatherer.kinds_KPD,
+        none if gatherer is None else gatherer.rows_GUD,
+        sums.dbias_GV, sums.left_Tk, plan, layer,
+    )  # fmt: skip
+
+
+def finish(
+    hidden_TD: Tensor,
+    bounds: list[tuple[int, int]],
+    bias_V: Tensor | None,
+    gram_GG: Tensor | None,
+    kept_weight: Tensor,
+    rows_GUD: Tensor,
+    dbias_GV: Tensor | None,
+    left_Tk: Tensor | None,
+    plan: Plan,
+    layer: int,
+) -> tuple[Tensor, ...]:
+    """The results of the op from `dbias` on, from what a pass over the vocabulary has summed."""
+    if gram_GG is None:
+        gram_GG = torch.zeros(len(bounds), len(bounds), dtype=torch.float64)
+        gram_GG = gram_GG.to(hidden_TD.device)
+    dbias, kept_bias = hidden_TD.new_zeros(0), empty(hidden_TD)
+    if left_Tk is not None:
         right = signs(hidden_TD.shape[1], plan.sketch, plan.seed, layer, 1, hidden_TD)
         right_Tk = hidden_TD.to(right.dtype) @ right
-        kept_weight = sketch_products(sums.left_Tk, right_Tk, bounds)
-    if sums.dbias_GV is not None and head.bias_V is not None:
-        dbias = sums.dbias_GV.sum(0).to(head.bias_V.dtype)
-        bias_gram_GG, kept_bias = vector_statistics(sums.dbias_GV, plan)
-        gram_GG += bias_gram_GG
+        kept_weight = sketch_products(left_Tk, right_Tk, bounds)
+    if dbias_GV is not None and bias_V is not None:
+        dbias = dbias_GV.sum(0).to(bias_V.dtype)
+        bias_gram_GG, kept_bias = vector_statistics(dbias_GV, plan)
+        gram_GG = gram_GG + bias_gram_GG
     record = make_record(gram_GG if plan.exact else None, plan, layer, hidden_TD.device)
-    return dweight, dbias, record, kept_weight, kept_bias, rows_GUD
+    return dbias, record, kept_weight, kept_bias, rows_GUD

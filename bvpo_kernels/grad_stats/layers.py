@@ -253,7 +253,7 @@ class _Head(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, target, bias, logprobs, max_T, logsum, rows, ranges, kinds, seed
         )
-        ctx.call, ctx.static = call, static
+        ctx.call, ctx.static = (*call, impl), static
         ctx.carried = carrier is not None
         ctx.kept = (kept_weight is not None, kept_bias is not None)
         ctx.mark_non_differentiable(entropy)

@@ -12,17 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bvpo_kernels import backends
+from bvpo_kernels.compiled import head_stats as compiled_head_stats
 from bvpo_kernels.eager import grad_stats as eager
 from bvpo_kernels.eager import head_stats
 from bvpo_kernels.eager.grad_stats import Plan, kept_shape
 from bvpo_kernels.eager.logprobs import accumulate_dtype
 from bvpo_kernels.ops import LIB
 
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 _PLAN = (
     "Tensor ranges, Tensor kinds, Tensor seed, int num_layers, bool exact, int sketch, "
     "int num_kinds, int layer"
 )
 LIB.define("pair_reduce(Tensor tiles) -> (Tensor total, Tensor gram)")
+LIB.define("pair_reduce_into(Tensor tiles, Tensor(a!) total) -> Tensor gram")
 LIB.define(
     "grouped_linear_backward(Tensor dy, Tensor x, bool need_weight, bool need_bias, Tensor? rows, "
     f"{_PLAN}) -> (Tensor dweight, Tensor dbias, Tensor record, Tensor kept_weight, "
@@ -39,10 +43,31 @@ LIB.define(
 LIB.define(
     "linear_logprobs_statistics(Tensor dlogprobs, Tensor hidden, Tensor weight, Tensor target, "
     "Tensor? bias, Tensor logprobs, Tensor max, Tensor logsum, float temperature, float? softcap, "
-    "int ignore_index, int workspace_bytes, bool need_hidden, bool need_weight, bool need_bias, "
-    f"Tensor? rows, {_PLAN}) -> (Tensor dhidden, Tensor dweight, Tensor dbias, Tensor record, "
-    "Tensor kept_weight, Tensor kept_bias, Tensor drows)"
+    "int ignore_index, int workspace_bytes, str impl, bool need_hidden, bool need_weight, "
+    f"bool need_bias, Tensor? rows, {_PLAN}) -> (Tensor dhidden, Tensor dweight, Tensor dbias, "
+    "Tensor record, Tensor kept_weight, Tensor kept_bias, Tensor drows)"
 )
+
+# Implemented in csrc/cpu, for fp32 and bf16.
+LIB.define("cpu_pair_reduce(Tensor tiles, Tensor(a!) total) -> Tensor gram")
+LIB.define(
+    "cpu_norm_sums(Tensor dy, Tensor x, Tensor ranges, float eps, bool centered, "
+    "bool need_weight, bool need_bias) -> (Tensor, Tensor)"
+)
+LIB.define(
+    "cpu_linear_logprobs_statistics(Tensor dlogprobs, Tensor hidden, Tensor weight, "
+    "Tensor target, Tensor? bias, Tensor logprobs, Tensor max, Tensor logsum, float temperature, "
+    "float? softcap, int ignore_index, int workspace_bytes, bool need_hidden, bool need_weight, "
+    "bool need_bias, Tensor? ranges, Tensor? kinds, int num_kinds, Tensor? rows, Tensor? left) -> "
+    "(Tensor dhidden, Tensor dweight, Tensor dbias, Tensor gram, Tensor kinds, Tensor rows, "
+    "Tensor sketched)"
+)
+
+
+def _compiled(*tensors: Tensor) -> bool:
+    """Whether the C++ passes over group gradients serve these tensors."""
+    served = all(t.device.type == "cpu" and t.dtype in _COMPILED_DTYPES for t in tensors)
+    return served and not backends.MISSING["cpp"]
 
 
 def _record(plan: Plan, like: Tensor) -> Tensor:
@@ -69,6 +94,21 @@ def _pair_reduce(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and Gram matrix of K tiles [K, R, D], each read once: the sum in fp32 (fp64 for fp64),
     the Gram matrix [K, K] in fp64. Two kinds of a unit give |g_t|^2, |g_e|^2 and <g_t, g_e>."""
     return eager.pair_reduce(tiles)
+
+
+@torch.library.impl(LIB, "pair_reduce_into", "CompositeExplicitAutograd")
+def _pair_reduce_into(tiles: Tensor, total: Tensor) -> Tensor:
+    """`pair_reduce` whose sum is rounded once, into `total`; returns the Gram matrix."""
+    if _compiled(tiles, total):
+        return torch.ops.bvpo.cpu_pair_reduce(tiles, total)
+    own, gram = torch.ops.bvpo.pair_reduce(tiles)
+    total.copy_(own)
+    return gram
+
+
+@torch.library.register_fake("bvpo::pair_reduce_into", lib=LIB)
+def _pair_reduce_into_fake(tiles, total):
+    return tiles.new_empty((tiles.shape[0], tiles.shape[0]), dtype=torch.float64)
 
 
 @torch.library.register_fake("bvpo::pair_reduce", lib=LIB)
@@ -117,7 +157,13 @@ def _embedding_fake(dy, ids, rows, drows, vocab, padding_idx, *plan_and_layer):
 @torch.library.impl(LIB, "grouped_norm_statistics", "CompositeExplicitAutograd")
 def _norm(dy, x, eps, centered, need_weight, need_bias, *plan_and_layer):
     *plan, layer = plan_and_layer
-    return eager.norm_statistics(dy, x, eps, centered, need_weight, need_bias, Plan(*plan), layer)
+    if dy.dtype != x.dtype:  # under autocast
+        dtype = torch.promote_types(dy.dtype, x.dtype)
+        dy, x = dy.to(dtype), x.to(dtype)
+    sums = torch.ops.bvpo.cpu_norm_sums if _compiled(dy, x) else eager.norm_sums
+    return eager.norm_statistics(
+        dy, x, eps, centered, need_weight, need_bias, Plan(*plan), layer, sums
+    )
 
 
 @torch.library.register_fake("bvpo::grouped_norm_statistics", lib=LIB)
@@ -129,15 +175,18 @@ def _norm_fake(dy, x, eps, centered, need_weight, need_bias, *plan_and_layer):
 
 @torch.library.impl(LIB, "linear_logprobs_statistics", "CompositeExplicitAutograd")
 def _head(*arguments):
-    *plan, layer = arguments[16:]
+    *call, impl = arguments[:13]
+    *plan, layer = arguments[17:]
+    backward: Any = compiled_head_stats.backward if impl == "cpp" else head_stats.backward
     with torch.autocast(arguments[1].device.type, enabled=False):
-        return head_stats.backward(*(*arguments[:16], Plan(*plan), layer))
+        return backward(*call, *arguments[13:17], Plan(*plan), layer)
 
 
 @torch.library.register_fake("bvpo::linear_logprobs_statistics", lib=LIB)
 def _head_fake(
     dlogprobs, hidden, weight, target, bias, logprobs, max, logsum, temperature, softcap,
-    ignore_index, workspace_bytes, need_hidden, need_weight, need_bias, rows, *plan_and_layer,
+    ignore_index, workspace_bytes, impl, need_hidden, need_weight, need_bias, rows,
+    *plan_and_layer,
 ):  # fmt: skip
     plan, shape = Plan(*plan_and_layer[:-1]), tuple(weight.shape)
     return (

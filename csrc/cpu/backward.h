@@ -58,6 +58,9 @@ struct TokenVectors {
 
 template <typename T, typename In>
 class Backward {
+  template <typename, typename>
+  friend class GroupedBackward;
+
  public:
   Backward(const Head<T, In>& head, const BackwardIn& in, const BackwardOut& out, int64_t workspace,
            const RowAdder& others = {})
@@ -132,11 +135,11 @@ class Backward {
       for (int64_t t = 0; t < count; t += chunk) {
         if (tokens.first != first + t) tokens = load(first + t, std::min(chunk, count - t), weight);
         form(panel, tokens, hidden ? dhidden.get() : nullptr);
-        if (out_.dweight && weight) accumulate(panel, tokens, t == 0);
+        if (out_.dweight && weight) accumulate(panel, tokens, panel.dweight.get(), t == 0);
       }
       if (weight) finish(panel, first, count);
     }
-    if (hidden) write_hidden(tokens, dhidden.get());
+    if (hidden) write_hidden(tokens, dhidden.get(), dim());
   }
 
   struct Tokens {
@@ -153,18 +156,23 @@ class Backward {
     Buffer<float> dweight;           // [panel, dim]
     Buffer<float> row_sums;          // [blocks, panel]
     int64_t dz_stride;
+    int64_t left_rows;  // rows of `transposed`, the left factor of dH^T += W^T dZ^T
     std::vector<Buffer<float>> z;
     std::vector<Buffer<T>> packed;
 
-    Panel(const Backward& self, int64_t tokens, bool hidden, bool weight_wanted)
+    // `extra` more rows of the left factor, which the caller fills, give sums beside dH^T.
+    Panel(const Backward& self, int64_t tokens, bool hidden, bool weight_wanted, int64_t extra = 0)
         : copy(self.head_.weight_in_place() ? 0 : self.panel_ * self.dim()),
-          transposed(hidden ? self.dim() * self.panel_ : 0),
+          transposed(((hidden ? self.dim() : 0) + extra) * self.panel_),
           dz(weight_wanted ? self.panel_ * tokens : 0),
           dweight(weight_wanted ? self.panel_ * self.dim() : 0),
           row_sums(self.out_.dbias ? self.panel_ : 0),
           dz_stride(tokens),
+          left_rows((hidden ? self.dim() : 0) + extra),
           z(per_thread<float>(kTileRows * self.head_.block_tokens() * 2)),
-          packed(per_thread<T>(hidden ? self.panel_ * self.head_.block_tokens() : 0)) {}
+          packed(per_thread<T>(left_rows ? self.panel_ * self.head_.block_tokens() : 0)) {
+      std::fill_n(transposed.get(), left_rows * self.panel_, T(0.0f));
+    }
 
     void start(const Backward& self, int64_t v, bool hidden) {
       first = v;
@@ -221,8 +229,8 @@ class Backward {
                         out_.dbias ? sums.get() + b * panel_ + r : nullptr);
       }
       if (right) {
-        gemm(head_.dim, block, padded, panel.transposed.get(), padded, right, block,
-             dhidden + b * block * dim(), block, true);
+        gemm(panel.left_rows, block, padded, panel.transposed.get(), padded, right, block,
+             dhidden + b * block * panel.left_rows, block, true);
       }
     });
     for (int64_t b = 0; out_.dbias && b < packed.num_blocks(); ++b) {
@@ -231,7 +239,7 @@ class Backward {
   }
 
   // Phase 2: blocks of dW, each owned by one task.
-  void accumulate(Panel& panel, const Tokens& tokens, bool first_chunk) {
+  void accumulate(const Panel& panel, const Tokens& tokens, float* dweight, bool first_chunk) {
     const int64_t padded = tokens.packed.padded();
     const int64_t parts = (dim() + kOwnedColumns - 1) / kOwnedColumns;
     const int64_t columns = round_up((dim() + parts - 1) / parts, 32);
@@ -243,27 +251,34 @@ class Backward {
         const T* right = tokens.rows.get() + t * dim() + d * (kPairs<T> ? 2 : 1);
         gemm(rows, width, std::min(kTokensPerProduct, padded - t),
              panel.dz.get() + v * panel.dz_stride + t, panel.dz_stride, right, dim(),
-             panel.dweight.get() + v * dim() + d, dim(), !(first_chunk && t == 0));
+             dweight + v * dim() + d, dim(), !(first_chunk && t == 0));
       }
     });
   }
 
+  // Adds the targets' own entries to rows [begin, end) of the panel, for tokens [first, + count).
+  void add_targets(const Panel& panel, float* dweight, int64_t begin, int64_t end, int64_t first,
+                   int64_t count) const {
+    const auto by_target = [&](int64_t a, int64_t v) { return target(a) < v; };
+    auto it = std::lower_bound(order_.begin(), order_.end(), panel.first + begin, by_target);
+    for (; it != order_.end() && target(*it) < panel.first + end; ++it) {
+      if (*it < first || *it >= first + count) continue;
+      const int64_t v = target(*it) - panel.first;
+      const float own = vectors_.own[*it] * vectors_.slope[*it];
+      if (out_.dbias) panel.row_sums[v] += own;
+      const In* h = head_.hidden.row(*it);
+      for (int64_t d = 0; out_.dweight && d < head_.dim; ++d) {
+        dweight[v * dim() + d] += own * static_cast<float>(h[d * head_.hidden.column_stride]);
+      }
+    }
+  }
+
   // Adds the targets' own entries to the panel's rows and rounds them once.
   void finish(Panel& panel, int64_t first, int64_t count) {
-    const auto by_target = [&](int64_t a, int64_t v) { return target(a) < v; };
     at::parallel_for(0, panel.rows, 16, [&](int64_t begin, int64_t end) {
-      auto it = std::lower_bound(order_.begin(), order_.end(), panel.first + begin, by_target);
+      add_targets(panel, panel.dweight.get(), begin, end, first, count);
       for (int64_t v = begin; v < end; ++v) {
         float* row = panel.dweight.get() + v * dim();
-        for (; it != order_.end() && target(*it) == panel.first + v; ++it) {
-          if (*it < first || *it >= first + count) continue;
-          const float own = vectors_.own[*it] * vectors_.slope[*it];
-          if (out_.dbias) panel.row_sums[v] += own;
-          const In* h = head_.hidden.row(*it);
-          for (int64_t d = 0; out_.dweight && d < head_.dim; ++d) {
-            row[d] += own * static_cast<float>(h[d * head_.hidden.column_stride]);
-          }
-        }
         if (others_) {
           const float sum = others_(panel.first + v, out_.dweight ? row : nullptr);
           if (out_.dbias) panel.row_sums[v] += sum;
@@ -276,12 +291,13 @@ class Backward {
     });
   }
 
-  void write_hidden(const Tokens& tokens, const float* dhidden) {
+  // `stride`: floats of a token in dhidden, whose blocks are [stride, block].
+  void write_hidden(const Tokens& tokens, const float* dhidden, int64_t stride) {
     const int64_t block = tokens.packed.block;
     at::parallel_for(0, tokens.packed.num_blocks(), 1, [&](int64_t begin, int64_t end) {
       Buffer<float> rows(block * head_.dim);
       for (int64_t b = begin; b < end; ++b) {
-        transpose(dhidden + b * block * dim(), head_.dim, block, block, rows.get(), head_.dim);
+        transpose(dhidden + b * block * stride, head_.dim, block, block, rows.get(), head_.dim);
         const int64_t count = std::min(block, tokens.packed.count - b * block);
         for (int64_t t = 0; t < count; ++t) write_hidden_row(tokens.first + b * block + t, &rows[t * head_.dim]);
       }

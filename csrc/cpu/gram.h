@@ -1,0 +1,37 @@
+// Passes over the gradients of several groups of tokens, held tile beside tile.
+#pragma once
+
+#include <cstdint>
+
+namespace bvpo {
+
+// Element i of group g is at data + g * stride + i; fp32, or bf16 as bit patterns.
+struct GroupTiles {
+  const void* data;
+  int64_t groups;
+  int64_t stride;
+  bool bf16;
+};
+
+// gram[g, h] += sum_i A_g[i] A_h[i] over n elements from `first` on, for g <= h; gram is [G, G].
+// Sixteen fp32 lanes take at most 128 products each before their sum goes to fp64.
+void add_gram(GroupTiles tiles, int64_t first, int64_t n, double* gram);
+
+// total[i] = sum_g A_g[first + i], added in fp32 in the order of the groups; fp32 or bf16.
+void sum_groups(GroupTiles tiles, int64_t first, int64_t n, void* total, bool total_bf16);
+
+// Rows of a norm's input x and of the gradient dy of its output: fp32, or bf16 as bit patterns.
+struct NormRows {
+  const void* dy;
+  const void* x;
+  int64_t dim;
+  bool bf16;
+  float eps;
+  bool centered;  // LayerNorm: the mean is subtracted first
+};
+
+// weight[d] += sum_t dy[t, d] xhat[t, d] and bias[d] += sum_t dy[t, d] over n rows from `first` on,
+// xhat = x / sqrt(mean x^2 + eps). Either may be null; fp32.
+void add_norm_rows(NormRows rows, int64_t first, int64_t n, float* weight, float* bias);
+
+}  // namespace bvpo
