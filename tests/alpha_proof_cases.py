@@ -218,7 +218,7 @@ def measure(
 ) -> StepStats:
     """What `GradStats` sees of one step."""
     batch, count = pack(units(index_B)), len(index_B)
-    with stats.collect(batch, kind_scale(alpha, {TRACE: count, EMPTY: count})):
+    with stats.collect(batch, kind_scale(alpha, count)):
         backward(policy, reference, batch, alpha)
     return stats.result()
 

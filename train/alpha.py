@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
 
 from bvpo_kernels.grad_stats import GradStats
-from bvpo_kernels.mixing import AlphaEstimator, StepStats
-from bvpo_kernels.types import EMPTY, TRACE
+from bvpo_kernels.mixing import MARGINAL, AlphaEstimator, StepStats
+from bvpo_kernels.types import EMPTY, KINDS, TRACE
 from train.config import AlphaConfig
+from train.marginal import UNTRAINED
 
 
 class AlphaSource(Protocol):
@@ -67,8 +68,8 @@ def build_alpha(cfg: AlphaConfig) -> AlphaSource:
     if estimate is None:
         return FixedAlpha(cfg.fixed)
     return AlphaEstimator(
-        reference=estimate.reference, ema_halflife=estimate.ema_halflife, clip=estimate.clip,
-        warmup=estimate.warmup, initial=estimate.initial,
+        reference=estimate.reference, target=estimate.target, ema_halflife=estimate.ema_halflife,
+        clip=estimate.clip, warmup=estimate.warmup, initial=estimate.initial,
     )  # fmt: skip
 
 
@@ -81,11 +82,15 @@ def build_stats(
         return None
     return GradStats(
         policy, estimate.mode, cross=estimate.cross, sketch_size=estimate.sketch_size, seed=seed,
-        head=head,
+        head=head, within=estimate.target == "batch",
     )  # fmt: skip
 
 
-def kind_scale(alpha: float, pair_counts: Mapping[str, int]) -> dict[str, float]:
-    """The factor of each kind's pairs in the loss of a step, which the statistics divide out."""
-    weights = {TRACE: alpha, EMPTY: 1.0 - alpha}
-    return {kind: weights[kind] / max(count, 1) for kind, count in pair_counts.items()}
+def kind_scale(alpha: float, num_units: int, kinds: Sequence[str] = KINDS) -> dict[str, float]:
+    """The factor of a unit's gradient in that of the step's loss, which the statistics divide out.
+
+    A kind's loss is a mean over its pairs, so with several pairs in a unit its gradient is their
+    mean, as that of the loss is the mean over units.
+    """
+    weights = {TRACE: alpha, EMPTY: 1.0 - alpha, MARGINAL: UNTRAINED}
+    return {kind: weights[kind] / num_units for kind in kinds}

@@ -114,10 +114,12 @@ class EstimateConfig:
 
     mode: "exact" costs no further matrix product; "sketch" is cheaper in memory traffic; "norm" is
     a proxy over the norm weights alone. cross: how gradients of different micro-batches are
-    multiplied, in mode "exact". clip bounds the weight while it scales a loss.
+    multiplied, in mode "exact". clip bounds the weight while it scales a loss. reference "marginal"
+    needs extra traces in the pairs (kind "marginal"), target "batch" several of kind "trace".
     """
 
     reference: Literal["trace", "marginal"] = "trace"
+    target: Literal["population", "batch"] = "population"
     mode: Literal["exact", "sketch", "norm"] = "exact"
     cross: Literal["sketch", "exact"] = "sketch"
     sketch_size: int = 32

@@ -7,9 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import PackPlan, pack, plan_packs
 from bvpo_kernels.types import KINDS, PackedBatch, Unit
 from train.config import RunConfig, TrainConfig
+from train.marginal import check_traces, without_extra
 from train.pairs import load_pairs, split_holdout
 
 
@@ -45,7 +47,14 @@ class Step:
 
 def count_pairs(units: Sequence[Unit]) -> dict[str, int]:
     """Pairs per kind, of every kind."""
-    return {kind: sum(len(unit.pairs.get(kind, ())) for unit in units) for kind in KINDS}
+    kinds = kinds_of(units)
+    return {kind: sum(len(unit.pairs.get(kind, ())) for unit in units) for kind in kinds}
+
+
+def kinds_of(units: Sequence[Unit]) -> tuple[str, ...]:
+    """The trained kinds, and "marginal" where a unit has it."""
+    extra = any(MARGINAL in unit.pairs for unit in units)
+    return (*KINDS, MARGINAL) if extra else KINDS
 
 
 def _plan(units: Sequence[Unit], token_budget: int) -> PackPlan:
@@ -61,7 +70,8 @@ def make_step(units: Sequence[Unit], token_budget: int, epoch: float = 0.0) -> S
     """
     plan = _plan(units, token_budget)
     chosen = [tuple(units[index] for index in indices) for indices in plan.bins]
-    micro_batches = tuple(MicroBatch(group, pack(group)) for group in chosen)
+    kinds = kinds_of(units)
+    micro_batches = tuple(MicroBatch(group, pack(group, kinds=kinds)) for group in chosen)
     return Step(epoch, micro_batches, count_pairs(units), plan.fill)
 
 
@@ -118,4 +128,5 @@ class StepPlan:
 def load_units(cfg: RunConfig) -> tuple[list[Unit], list[Unit]]:
     """Training and held-out units of the configured pairs, disjoint."""
     units = load_pairs(cfg.train.pairs).units
-    return split_holdout(units, cfg.train.holdout, cfg.seed)
+    training, held_out = split_holdout(units, cfg.train.holdout, cfg.seed)
+    return check_traces(training, cfg), [without_extra(unit) for unit in held_out]

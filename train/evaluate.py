@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bvpo_kernels.losses import LOSSES, bvpo_loss
+from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import segment_sum
-from bvpo_kernels.types import KINDS, BVPOLoss, Unit
+from bvpo_kernels.types import EMPTY, KINDS, TRACE, BVPOLoss, Unit
 from train.config import LossConfig
 from train.data import MicroBatch, count_pairs, make_step
 from train.head import FusedHeadLM
+from train.marginal import MarginalLoss, marginal_loss
 from train.reference import ReferenceCache
 
 
@@ -42,13 +45,28 @@ class Objective:
         kl: Mapping[str, Tensor] | None,
     ) -> BVPOLoss:  # fmt: skip
         batch = micro.batch.to(scores_S.device)
-        reference_S = None
-        if self.reference is not None:
-            reference_S = self.reference.scores(micro.units).to(scores_S.device)
-        return bvpo_loss(
-            scores_S, reference_S, batch, alpha, loss=self.cfg.name, beta=self.cfg.beta,
-            pair_counts=pair_counts, kl=kl, **self.options,
+        weights = {TRACE: alpha, EMPTY: 1.0 - alpha, MARGINAL: 0.0}
+        result = bvpo_loss(
+            scores_S, self._reference_scores(micro), batch, {k: weights[k] for k in batch.kinds},
+            loss=self.cfg.name, beta=self.cfg.beta, pair_counts=pair_counts, kl=kl, **self.options,
         )  # fmt: skip
+        if MARGINAL not in batch.kinds:
+            return result
+        # Metrics of pairs say nothing of a loss on the sum over traces.
+        own = {n: v for n, v in result.metrics.items() if not n.startswith(MARGINAL)}
+        return replace(result, metrics=own)
+
+    def marginal(self, scores_S: Tensor, micro: MicroBatch) -> MarginalLoss:
+        """The loss on the sum over traces, of a micro-batch whose units have extra ones."""
+        reference_S, batch = self._reference_scores(micro), micro.batch.to(scores_S.device)
+        assert reference_S is not None, "losses of log-ratios have a reference"
+        options = {"beta": self.cfg.beta, **self.options}
+        return marginal_loss(scores_S, reference_S, batch, self.cfg.name, options)
+
+    def _reference_scores(self, micro: MicroBatch) -> Tensor | None:
+        if self.reference is None:
+            return None
+        return self.reference.scores(micro.units).to(self.policy.device)
 
     @torch.no_grad()
     def kl(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor] | None:

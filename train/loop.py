@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bvpo_kernels.losses import LOSSES
+from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.tail import Certificate, tail_certificates
 from bvpo_kernels.types import BVPOLoss, Unit
 from train import head_memory, reference, report
@@ -25,6 +26,7 @@ from train.config import OptimConfig, RunConfig
 from train.data import MicroBatch, Step, StepPlan, load_units
 from train.evaluate import MetricSum, Objective, evaluate
 from train.head import FusedHeadLM, build_policy
+from train.marginal import UNTRAINED
 
 
 class NonFiniteError(FloatingPointError):
@@ -127,6 +129,7 @@ class Trainer:
         report.draw(self.run_dir / "log.jsonl", self.run_dir / "report.png")
         if self.held_out:
             print(report.before_after_table(before, after, len(self.held_out)))
+        print(report.alpha_summary(self.alpha.log(), self.cfg.train.units_per_step), end="")
         if self.cfg.train.measure_head_memory:
             print(head_memory.compare(self.policy, self.plan[0].micro_batches[0].batch))
 
@@ -137,6 +140,7 @@ class Trainer:
             NonFiniteError: before the optimizer moves, naming the units.
         """
         watch, metrics, alpha = Stopwatch(), MetricSum(), self.alpha.value()
+        ess: dict[str, float] = {}
         with watch("data"):
             data = self.plan[step]
         with watch("forward"):
@@ -145,9 +149,15 @@ class Trainer:
             for micro in data.micro_batches:
                 with self._measured(micro, alpha, data):
                     with watch("forward"):
-                        result = self._loss(micro, alpha, data, kl, step)
+                        scores_S = self.objective.scores(micro)
+                        result = self._loss(scores_S, micro, alpha, data, kl, step)
+                        loss = result.loss
+                        if MARGINAL in micro.batch.kinds:
+                            marginal = self.objective.marginal(scores_S, micro)
+                            loss = loss + UNTRAINED / len(data.units) * marginal.total
+                            ess |= marginal.ess
                     with watch("backward"):
-                        result.loss.backward()
+                        loss.backward()
                 metrics.add(result)
         with watch("optimizer"):
             grad_norm = self._clip(data, step)
@@ -157,7 +167,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         if self.stats is not None:
             with watch("statistics"):
-                self.alpha.update(self.stats.result())
+                self.alpha.update(self.stats.result(ess=ess or None))
         line = metrics.result() | _tail_values(tails)
         return line | self._step_values(data, watch, alpha, lr, grad_norm)
 
@@ -166,17 +176,17 @@ class Trainer:
         if self.stats is None:
             return nullcontext()
         batch = micro.batch.to(self.policy.device)
-        return self.stats.collect(batch, kind_scale(alpha, data.pair_counts))
+        return self.stats.collect(batch, kind_scale(alpha, len(data.units), batch.kinds))
 
     def _loss(
         self,
+        scores_S: Tensor,
         micro: MicroBatch,
         alpha: float,
         data: Step,
         kl: Mapping[str, Tensor] | None,
         step: int,
     ) -> BVPOLoss:
-        scores_S = self.objective.scores(micro)
         _require_finite(scores_S, micro, step)
         result = self.objective.loss(scores_S, micro, alpha, data.pair_counts, kl)
         if not bool(result.loss.isfinite()):

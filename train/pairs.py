@@ -2,7 +2,8 @@
 
 A line: {"unit_id", "prompt_id", "pairs": {"trace": [pair, ...], "empty": [pair, ...]}}, a pair:
 {"prompt_ids", "chosen_ids", "rejected_ids", "chosen_reward", "rejected_reward"}. Rewards are for
-the reader; training uses the ids.
+the reader; training uses the ids. "marginal", where present, holds further traces of one chosen and
+one rejected answer: they measure a* and are not trained on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import KINDS, TokenPair, Unit
 from train.checkpoint import replace_file
 from train.prompts import parse_object, read_jsonl
@@ -105,9 +107,10 @@ def _unit(record: Mapping[str, Any], where: str) -> Unit:
     unit_id, by_kind = record.get("unit_id"), record.get("pairs")
     if not isinstance(unit_id, str) or not unit_id:
         raise ValueError(f"{where}: unit_id: expected a text, got {unit_id!r}")
-    if not isinstance(by_kind, dict) or not set(by_kind) <= set(KINDS):
+    kinds = (*KINDS, MARGINAL)
+    if not isinstance(by_kind, dict) or not set(by_kind) <= set(kinds):
         got = sorted(by_kind) if isinstance(by_kind, dict) else type(by_kind).__name__
-        raise ValueError(f"{where}: pairs: expected an object with keys of {KINDS}, got {got}")
+        raise ValueError(f"{where}: pairs: expected an object with keys of {kinds}, got {got}")
     pairs = {}
     for kind, items in by_kind.items():
         if not isinstance(items, list):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import segment_sum
 from bvpo_kernels.types import KINDS, Unit
 from train.checkpoint import replace_file
@@ -36,7 +37,7 @@ def response_key(prompt: Sequence[int], response: Sequence[int]) -> str:
 def _segment_keys(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
     """(key, description) of every segment, in the order in which `pack` lays them out."""
     for unit in units:
-        for kind in KINDS:
+        for kind in (*KINDS, MARGINAL):
             for number, pair in enumerate(unit.pairs.get(kind, ())):
                 for side in ("chosen", "rejected"):
                     key = response_key(pair.prompt, getattr(pair, side))

@@ -214,6 +214,22 @@ def draw(log_path: Path, image_path: Path) -> None:
     replace_file(image_path, lambda path: figure.savefig(path, format="png"))
 
 
+def alpha_summary(log: Mapping[str, float], batch_size: int) -> str:
+    """The last estimate of a*, a line each; nothing for a fixed weight."""
+    if "alpha_star" not in log:
+        return ""
+    low, high = log.get("alpha_lo", 0.0), log.get("alpha_hi", 1.0)
+    mix = log.get("B_mix", math.inf)
+    lines = [
+        f"a* = {log['alpha_star']:.3f}, 95 % interval [{low:.3f}, {high:.3f}], for batches of "
+        f"{batch_size} units",
+        f"  kappa = {log.get('kappa', math.nan):.3f}, B_mix = {mix:.1f} units",
+        f"  noise per unit: trace {log['trS_t']:.3g}, empty {log['trS_e']:.3g}, shared "
+        f"{log['trS_te']:.3g}; |mean difference|^2 {log['delta_sq']:.3g}",
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
 def before_after_table(
     before: Mapping[str, float], after: Mapping[str, float], num_units: int
 ) -> str:

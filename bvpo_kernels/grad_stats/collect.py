@@ -32,7 +32,7 @@ class GradStats:
 
         stats = GradStats(model)
         for micro in micro_batches:
-            with stats.collect(micro.batch, kind_scale={"trace": a / n_t, "empty": (1 - a) / n_e}):
+            with stats.collect(micro.batch, kind_scale={"trace": a / n, "empty": (1 - a) / n}):
                 loss(model, micro).backward()
         step_stats = stats.result()          # what AlphaEstimator.update takes
 
@@ -63,6 +63,9 @@ class GradStats:
         seed: of the sketches; the same on all ranks.
         head: module whose weight `linear_logprobs` is given; default: the output embeddings of
             transformers' models.
+        within: also measure `StepStats.within_BKK`, in mode "exact": the pairs of one unit and
+            kind are taken as replicates, independent given the prompt; a kind of one pair as fixed
+            given the prompt. The Gram matrix is then one of pairs.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class GradStats:
         sketch_size: int = 32,
         seed: int = 0,
         head: nn.Module | None = None,
+        within: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -83,7 +87,10 @@ class GradStats:
                 raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
         if isinstance(sketch_size, bool) or not isinstance(sketch_size, int) or sketch_size < 1:
             raise ValueError(f"sketch_size: expected an int >= 1, got {sketch_size!r}")
+        if within and mode != "exact":
+            raise ValueError(f"within: expected False in mode {mode!r}, which forms no Gram matrix")
         self.model, self.mode, self.strict, self.head = model, mode, strict, head
+        self.within = within
         self.cross: Cross = cross if mode == "exact" else "sketch"
         self.sketch_size = sketch_size if self.cross == "sketch" else 0
         self.seed, self._step = seed, 0
@@ -152,7 +159,7 @@ class GradStats:
                 raise RuntimeError("collect: expected the same trained parameters within a step")
             self._arrange()
         scales = _scales(batch, kind_scale)
-        units = self._check_batch(batch, scales)
+        self._check_batch(batch, scales)
         collection = self._open(batch)
         before = self._gradient_versions()
         self.collection, scope.active = collection, self
@@ -168,7 +175,7 @@ class GradStats:
                     layer.module.forward = previous  # type: ignore[method-assign]
             scope.active = None
             del self.collection
-        self._close(batch, collection, units, scales, before)
+        self._close(batch, collection, scales, before)
 
     def head_logprobs(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
@@ -198,14 +205,19 @@ class GradStats:
             "embedding; name its module: GradStats(model, head=module)"
         )
 
-    def result(self, process_group: Any = None) -> StepStats:
+    def result(
+        self, process_group: Any = None, *, ess: Mapping[str, float] | None = None
+    ) -> StepStats:
         """The statistics of the micro-batches since the last `result`; starts the next step.
 
         Args:
             process_group: of torch.distributed; every rank calls, and all get the statistics of
                 the units of all ranks, in the order of the ranks. None: of this rank alone.
+            ess: unit id -> effective sample size of its traces (`importance_weights`), of every
+                unit collected on this rank. Units below 2 are left out of all products and counted.
 
         Raises:
+            ValueError: `ess` lacks a unit.
             RuntimeError: nothing was collected; cross="none" and more than one micro-batch or rank;
                 what `collect` could not see before: a layer used twice, a gradient that bypassed
                 its layers.
@@ -217,15 +229,20 @@ class GradStats:
         self._step += 1
         for micro in micro_batches:
             _check_uses(micro, self._layout, self.strict)
+            missing = [name for name in micro.unit_ids if ess is not None and name not in ess]
+            if missing:
+                raise ValueError(
+                    f"ess: expected every unit of the step, got none for {missing[:3]}"
+                )
         sums = [leaf.grad for leaf in kind_sums or () if leaf is not None]
-        return combine(micro_batches, self.mode, self.cross, sums, process_group)
+        return combine(micro_batches, self.mode, self.cross, sums, process_group, ess, self.within)
 
     def reset(self) -> None:
         """Forget what was collected since the last `result`, for a step that is given up."""
         self._micro_batches, self._kind_sums = [], None
 
-    def _check_batch(self, batch: PackedBatch, scales: tuple[float, ...]) -> Tensor:
-        """Index of the group of each unit and kind, int64 [B, K] on the CPU."""
+    def _check_batch(self, batch: PackedBatch, scales: tuple[float, ...]) -> None:
+        """Every unit once in the step and with every kind; kinds and scales as before."""
         units, kinds = len(batch.unit_ids), len(batch.kinds)
         place = torch.full((units, kinds), -1)
         unit_G, kind_G = batch.group_unit_G.cpu(), batch.group_kind_G.cpu()
@@ -247,14 +264,25 @@ class GradStats:
             raise ValueError(f"batch: expected the kinds {first.kinds}, got {batch.kinds}")
         if first is not None and self.cross == "exact" and first.scales != scales:
             raise ValueError(f"kind_scale: expected {first.scales} as before, got {scales}")
-        return place
+
+    def _groups(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Token range, kind and owner (`MicroBatchStats`) of what is measured apart: the groups of
+        the batch, or its pairs."""
+        ranges_G2, kind_G, unit_G = (
+            batch.group_ranges_G2, batch.group_kind_G, batch.group_unit_G
+        )  # fmt: skip
+        if self.within:
+            ranges_G2 = torch.stack([batch.cu_seqlens[:-1:2], batch.cu_seqlens[2::2]], 1).long()
+            kind_G, unit_G = kind_G[batch.pair_group_P], unit_G[batch.pair_group_P]
+        return ranges_G2.cpu(), kind_G, (unit_G * len(batch.kinds) + kind_G).cpu()
 
     def _open(self, batch: PackedBatch) -> Collection:
         device, layout = batch.tokens_T.device, self._layout
         # Kind sums are unscaled once, at the end, hence kept per kind and not per group.
+        ranges_G2, kinds_G, _ = self._groups(batch)
         plan = Plan(
-            ranges_G2=batch.group_ranges_G2.cpu(),
-            kinds_G=batch.group_kind_G,
+            ranges_G2=ranges_G2,
+            kinds_G=kinds_G,
             seed=torch.tensor(self.seed * 1_000_003 + self._step),
             num_layers=layout.num_layers,
             exact=self.mode == "exact",
@@ -289,7 +317,6 @@ class GradStats:
         self,
         batch: PackedBatch,
         collection: Collection,
-        place: Tensor,
         scales: tuple[float, ...],
         before: list[tuple[int, int]],
     ) -> None:
@@ -298,7 +325,7 @@ class GradStats:
         after = self._gradient_versions()
         sketches = None
         if collection.plan.sketch:
-            groups = place.numel()
+            groups = collection.plan.ranges_G2.shape[0]
             parts = [
                 (leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad).reshape(groups, -1)
                 for leaf in collection.kept
@@ -310,7 +337,7 @@ class GradStats:
                 unit_ids=batch.unit_ids,
                 kinds=batch.kinds,
                 scales=scales,
-                place_BK=place,
+                owner_G=self._groups(batch)[2],
                 record=collection.record.grad,
                 sketch_GF=sketches,
                 moved=tuple(

@@ -107,6 +107,6 @@ def test_measuring_does_not_change_the_training(tmp_path):
 
 def test_sources():
     assert isinstance(build_alpha(AlphaConfig(fixed=0.3)), FixedAlpha)
-    assert kind_scale(0.25, {"trace": 4, "empty": 3}) == {"trace": 0.0625, "empty": 0.25}
+    assert kind_scale(0.25, 4) == {"trace": 0.0625, "empty": 0.1875}
     with pytest.raises(ValueError, match=r"alpha.fixed: .*got 1.5"):
         build_alpha(AlphaConfig(fixed=1.5))

@@ -63,7 +63,7 @@ def with_pair(**changes):
         ({"pairs": {TRACE: [pair()]}}, "unit_id: expected a text, got None"),
         (unit("u0"), "unit_id: expected a new one, got 'u0' again"),
         ({"unit_id": "x", "pairs": []}, "pairs: expected an object .* got list"),
-        (unit("x", marginal=[pair()]), r"pairs: expected .* got \['marginal'\]"),
+        (unit("x", other=[pair()]), r"pairs: expected .* got \['other'\]"),
         (unit("x", trace={}), r"pairs\.trace: expected a list"),
         (unit("x", trace=[], empty=[]), "expected at least one pair"),
         (unit("x", trace=[pair(), 3]), r"pairs\.trace\[1\]: expected an object"),

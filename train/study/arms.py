@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +165,7 @@ class ArmTrainer:
         weight, measured = self.alpha.value(), self.arm.weight == TRACE
         kl = self.objective.kl(data.micro_batches)
         for micro in data.micro_batches:
-            with self._measured(micro.batch, weight, data.pair_counts):
+            with self._measured(micro.batch, weight, len(data.units)):
                 scores_S = self.objective.scores(micro)
                 result = self.objective.loss(scores_S, micro, weight, data.pair_counts, kl)
                 result.loss.backward()
@@ -180,12 +180,12 @@ class ArmTrainer:
         return line | self.alpha.log() | {"seconds": time.perf_counter() - start}
 
     def _measured(
-        self, batch: PackedBatch, weight: float, pair_counts: Mapping[str, int]
+        self, batch: PackedBatch, weight: float, num_units: int
     ) -> AbstractContextManager:
         """Where a micro-batch runs: measured if the weight comes from the steps' own gradients."""
         if self.stats is None or self.arm.weight != TRACE:
             return nullcontext()
-        return self.stats.collect(batch, kind_scale(weight, pair_counts))
+        return self.stats.collect(batch, kind_scale(weight, num_units))
 
     def _measure_marginal(self, names: Sequence[str]) -> None:
         units = [self.by_id[name] for name in names]
