@@ -21,10 +21,11 @@ from bvpo_kernels.tail import Certificate, tail_certificates
 from bvpo_kernels.types import BVPOLoss, Unit
 from train import head_memory, reference, report
 from train.alpha import build_alpha, build_stats, kind_scale
-from train.checkpoint import replace_file, save_model
 from train.config import OptimConfig, RunConfig
 from train.data import MicroBatch, Step, StepPlan, load_units
 from train.evaluate import MetricSum, Objective, evaluate
+from train.export import save_model
+from train.files import replace_file
 from train.head import FusedHeadLM, build_policy
 from train.marginal import UNTRAINED
 

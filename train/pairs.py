@@ -21,7 +21,7 @@ from typing import Any
 
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import KINDS, TokenPair, Unit
-from train.checkpoint import replace_file
+from train.files import replace_file
 from train.prompts import parse_object, read_jsonl
 
 _PACKAGES = ("bvpo_kernels", "torch", "transformers", "tokenizers", "reasoning_gym")

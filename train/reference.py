@@ -19,9 +19,9 @@ from tqdm import tqdm
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import segment_sum
 from bvpo_kernels.types import KINDS, Unit
-from train.checkpoint import replace_file
 from train.config import ModelConfig, RunConfig
 from train.data import MicroBatch, StepPlan, load_units, make_step
+from train.files import replace_file
 from train.head import FusedHeadLM, build_policy
 
 FORMAT = 1

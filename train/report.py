@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
 from bvpo_kernels.types import EMPTY, KINDS, TRACE
-from train.checkpoint import replace_file
+from train.files import replace_file
 
 COLORS = {TRACE: "#1f5fa8", EMPTY: "#d9731a"}
 TABLE_METRICS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}

@@ -20,10 +20,10 @@ from bvpo_kernels.packing import pack, segment_sum
 from bvpo_kernels.tail import rule
 from bvpo_kernels.types import Unit
 from train import loop
-from train.checkpoint import save_model
 from train.cli import parse
 from train.config import ModelConfig, OptimConfig
 from train.data import MicroBatch, Step, count_pairs
+from train.export import save_model
 from train.head import FusedHeadLM, build_policy
 from train.loop import NonFiniteError, build_optimizer, lr_factor
 

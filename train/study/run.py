@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from train.checkpoint import replace_file
+from train.files import replace_file
 from train.pairs import provenance, write_json
 from train.study import report, task
 from train.study.arms import World, evaluate, run_arm

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the final model."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
 
 
 def _temporary(path: Path) -> Path:
@@ -44,14 +41,3 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def save_model(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
-    """Write weights, configuration and tokenizer to the folder `path`, for `from_pretrained`."""
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-
-    replace_folder(path, write)
