@@ -148,12 +148,32 @@ class OptimConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How ranks share the work; read when torchrun has started several, or one.
+
+    replicate: replicas of the sharded model (HSDP): each is spread over world size / replicate
+    ranks. reshard_after_forward: free a layer's gathered weights after its forward and gather them
+    again in the backward; false keeps them, for memory. cpu_offload: keep weights, gradients and
+    optimizer states on the host (GPU only). reduce_dtype: gradients are summed in it over ranks.
+    sync_every_micro_batch: reduce gradients after each micro-batch and keep only this rank's shard
+    in between; false reduces once per step and keeps the whole gradient until then.
+    """
+
+    replicate: int = 1
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    reduce_dtype: DtypeName = "float32"
+    sync_every_micro_batch: bool = False
+
+
+@dataclass
 class TrainConfig:
     """units_per_step: prompts per optimizer step (the batch); tokens_per_micro_batch: the packer's
     budget; holdout: share of the units kept for evaluation; max_steps, where given, replaces
-    epochs; tail_tolerance: that of `linear_logprobs`, 0 being the exact backward (which runs too
-    while `alpha.estimate` measures the head); measure_head_memory: at the end, compare the head's
-    memory with a naive head's."""
+    epochs; checkpoint_layers: n recomputes every n-th decoder layer in the backward (1: all of
+    them) instead of keeping its activations, None keeps all; tail_tolerance: that of
+    `linear_logprobs`, 0 being the exact backward (which runs too while `alpha.estimate` measures
+    the head); measure_head_memory: at the end, compare the head's memory with a naive head's."""
 
     pairs: str = "train/data/smollm2_pairs.jsonl"
     units_per_step: int = 8
@@ -161,7 +181,7 @@ class TrainConfig:
     epochs: float = 1.0
     max_steps: int | None = None
     holdout: float = 0.2
-    activation_checkpointing: bool = False
+    checkpoint_layers: int | None = None
     eval_every: int | None = None
     head_backend: str = "auto"
     workspace_mib: int = 128
@@ -183,3 +203,4 @@ class RunConfig:
     alpha: AlphaConfig = field(default_factory=AlphaConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

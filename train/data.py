@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import PackPlan, pack, plan_packs
-from bvpo_kernels.types import KINDS, PackedBatch, Unit
+from bvpo_kernels.types import IGNORE_INDEX, KINDS, PackedBatch, TokenPair, Unit
 from train.config import RunConfig, TrainConfig
 from train.marginal import check_traces, without_extra
 from train.pairs import load_pairs, split_holdout
@@ -17,32 +19,39 @@ from train.pairs import load_pairs, split_holdout
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One pack and the units in it, in the pack's order."""
+    """One pack and the units in it, in the pack's order.
+
+    A rank that was dealt fewer packs than another calls the model on fillers, packs without units
+    of which nothing is scored: each call is a collective of all ranks.
+    """
 
     units: tuple[Unit, ...]
     batch: PackedBatch
 
+    @property
+    def is_filler(self) -> bool:
+        return not self.units
+
 
 @dataclass(frozen=True)
 class Step:
-    """The micro-batches of one optimizer step.
+    """One optimizer step, and this rank's part of it.
 
-    pair_counts: pairs per kind in the whole step, the divisor of every micro-batch's sums.
-    fill: share of the token budget that holds tokens, over all micro-batches.
+    units, pair_counts, num_tokens: of the whole step, all ranks; pair_counts, pairs per kind, is
+    the divisor of every micro-batch's sums. micro_batches: this rank's, fillers last, equally many
+    on every rank. fill: share of the token budget that holds tokens, over all packs of the step.
     """
 
     epoch: float
+    units: tuple[Unit, ...]
     micro_batches: tuple[MicroBatch, ...]
     pair_counts: dict[str, int]
+    num_tokens: int
     fill: float
 
     @property
-    def units(self) -> list[Unit]:
-        return [unit for micro in self.micro_batches for unit in micro.units]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(micro.batch.num_tokens for micro in self.micro_batches)
+    def kinds(self) -> tuple[str, ...]:
+        return kinds_of(self.units)
 
 
 def count_pairs(units: Sequence[Unit]) -> dict[str, int]:
@@ -62,17 +71,45 @@ def _plan(units: Sequence[Unit], token_budget: int) -> PackPlan:
     return plan_packs(lengths, token_budget, names=[unit.unit_id for unit in units])
 
 
-def make_step(units: Sequence[Unit], token_budget: int, epoch: float = 0.0) -> Step:
+def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Indices of packs for each rank: the largest first, to and fro over the ranks.
+
+    Ranks work on packs of similar size at the same time, and their numbers of packs differ by one
+    at most.
+    """
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    for place, index in enumerate(order):
+        turn, rank = divmod(place, num_ranks)
+        dealt[rank if turn % 2 == 0 else num_ranks - 1 - rank].append(index)
+    return dealt
+
+
+def filler(kinds: Sequence[str]) -> MicroBatch:
+    """The smallest pack that runs through the model with every kind in it, nothing scored."""
+    pair = TokenPair([0], [0], [0])
+    batch = pack([Unit("filler", dict.fromkeys(kinds, (pair,)))], kinds=kinds)
+    nothing_T = torch.full_like(batch.target_T, IGNORE_INDEX)
+    return MicroBatch((), replace(batch, target_T=nothing_T))
+
+
+def make_step(
+    units: Sequence[Unit], token_budget: int, epoch: float = 0.0, rank: int = 0, num_ranks: int = 1
+) -> Step:
     """Distribute units over packs of at most `token_budget` tokens; a unit is never split.
+
+    The packs do not depend on the number of ranks that they are dealt to.
 
     Raises:
         ValueError: naming a unit that is longer than the budget.
     """
     plan = _plan(units, token_budget)
-    chosen = [tuple(units[index] for index in indices) for indices in plan.bins]
-    kinds = kinds_of(units)
-    micro_batches = tuple(MicroBatch(group, pack(group, kinds=kinds)) for group in chosen)
-    return Step(epoch, micro_batches, count_pairs(units), plan.fill)
+    sizes = [sum(units[index].num_tokens for index in indices) for indices in plan.bins]
+    dealt, kinds = deal(sizes, num_ranks), kinds_of(units)
+    chosen = [tuple(units[index] for index in plan.bins[number]) for number in dealt[rank]]
+    own = [MicroBatch(group, pack(group, kinds=kinds)) for group in chosen]
+    own += [filler(kinds)] * (max(map(len, dealt)) - len(own))
+    return Step(epoch, tuple(units), tuple(own), count_pairs(units), sum(sizes), plan.fill)
 
 
 def epoch_order(units: Sequence[Unit], seed: int, epoch: int) -> list[Unit]:
@@ -91,20 +128,24 @@ def epoch_order(units: Sequence[Unit], seed: int, epoch: int) -> list[Unit]:
 class StepPlan:
     """Step number -> `Step`, for the whole run.
 
-    Each epoch is a new order; units that do not fill a last step sit that epoch out, so that every
-    step has `units_per_step` units. `max_steps`, where given, replaces `epochs`.
+    Each epoch is a new order, the same for any number of ranks; units that do not fill a last step
+    sit that epoch out, so that every step has `units_per_step` units. `max_steps`, where given,
+    replaces `epochs`.
 
     Raises:
         ValueError: for fewer units than one step needs, or a unit longer than the packs' budget.
     """
 
-    def __init__(self, units: Sequence[Unit], cfg: TrainConfig, seed: int) -> None:
+    def __init__(
+        self, units: Sequence[Unit], cfg: TrainConfig, seed: int, rank: int = 0, num_ranks: int = 1
+    ) -> None:
         if cfg.units_per_step < 1 or len(units) < cfg.units_per_step:
             raise ValueError(
                 f"train.units_per_step: expected 1 to {len(units)}, the number of training units, "
                 f"got {cfg.units_per_step}"
             )
         self.units, self.seed = tuple(units), seed
+        self.rank, self.num_ranks = rank, num_ranks
         self.units_per_step, self.token_budget = cfg.units_per_step, cfg.tokens_per_micro_batch
         self.steps_per_epoch = len(units) // cfg.units_per_step
         self.num_steps = cfg.max_steps or math.ceil(cfg.epochs * self.steps_per_epoch)
@@ -115,14 +156,18 @@ class StepPlan:
         order = epoch_order(self.units, self.seed, epoch)
         start = index * self.units_per_step
         chosen = order[start : start + self.units_per_step]
-        return make_step(chosen, self.token_budget, epoch + index / self.steps_per_epoch)
+        return self.step_of(chosen, epoch + index / self.steps_per_epoch)
+
+    def step_of(self, units: Sequence[Unit], epoch: float = 0.0) -> Step:
+        """This rank's part of a step on any units."""
+        return make_step(units, self.token_budget, epoch, self.rank, self.num_ranks)
 
     def first_epoch(self) -> list[Step]:
         """All units, in the packs of epoch 0: its steps, then the units that it leaves out."""
         steps = [self[step] for step in range(self.steps_per_epoch)]
         order = epoch_order(self.units, self.seed, 0)
         rest = order[self.steps_per_epoch * self.units_per_step :]
-        return [*steps, make_step(rest, self.token_budget)] if rest else steps
+        return [*steps, self.step_of(rest)] if rest else steps
 
 
 def load_units(cfg: RunConfig) -> tuple[list[Unit], list[Unit]]:

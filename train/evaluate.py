@@ -14,9 +14,10 @@ from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import segment_sum
 from bvpo_kernels.types import EMPTY, KINDS, TRACE, BVPOLoss, Unit
 from train.config import LossConfig
-from train.data import MicroBatch, count_pairs, make_step
+from train.data import MicroBatch, make_step
 from train.head import FusedHeadLM
 from train.marginal import MarginalLoss, marginal_loss
+from train.parallel import ALONE, World, reshard
 from train.reference import ReferenceCache
 
 
@@ -28,9 +29,13 @@ class Objective:
     """
 
     def __init__(
-        self, policy: FusedHeadLM, reference: ReferenceCache | None, cfg: LossConfig
+        self,
+        policy: FusedHeadLM,
+        reference: ReferenceCache | None,
+        cfg: LossConfig,
+        world: World = ALONE,
     ) -> None:
-        self.policy, self.reference, self.cfg = policy, reference, cfg
+        self.policy, self.reference, self.cfg, self.world = policy, reference, cfg, world
         self.options = {
             name: getattr(cfg, name) for name in LOSSES[cfg.name].options if hasattr(cfg, name)
         }
@@ -79,20 +84,27 @@ class Objective:
         return self.kl_of_scores([(self.scores(micro), micro) for micro in micro_batches])
 
     def kl_of_scores(self, scored: Iterable[tuple[Tensor, MicroBatch]]) -> dict[str, Tensor] | None:
-        """The same from scores that are at hand."""
+        """The same from scores that are at hand, of this rank's micro-batches; all ranks call."""
         if not LOSSES[self.cfg.name].kl or self.reference is None:
             return None
-        ratios: dict[str, list[Tensor]] = {}
+        sums: defaultdict[str, float] = defaultdict(float)
+        counts: defaultdict[str, int] = defaultdict(int)
         for scores_S, micro in scored:
-            ratio_S = scores_S.cpu() - self.reference.scores(micro.units)
+            if micro.is_filler:
+                continue
+            ratio_S = scores_S.cpu().double() - self.reference.scores(micro.units)
             kind_S = micro.batch.pair_kind_P.repeat_interleave(2)
             for index, kind in enumerate(micro.batch.kinds):
-                ratios.setdefault(kind, []).append(ratio_S[kind_S == index])
-        joined = {kind: torch.cat(parts) for kind, parts in ratios.items()}
-        return {
-            kind: (ratio.mean() if len(ratio) else ratio.sum()).clamp_min(0).to(self.policy.device)
-            for kind, ratio in joined.items()
-        }
+                sums[kind] += ratio_S[kind_S == index].sum().item()
+                counts[kind] += int((kind_S == index).sum())
+        parts = self.world.gather_objects({kind: (sums[kind], counts[kind]) for kind in counts})
+        result = {}
+        for kind in sorted({kind for part in parts for kind in part}):
+            total, count = (
+                sum(n) for n in zip(*(p[kind] for p in parts if kind in p), strict=True)
+            )
+            result[kind] = torch.tensor(max(total / max(count, 1), 0.0), dtype=torch.float32)
+        return {kind: value.to(self.policy.device) for kind, value in result.items()}
 
 
 class MetricSum:
@@ -105,9 +117,13 @@ class MetricSum:
         """Keep the tensors: reading them here would make the host wait for the device."""
         self.parts.append(result.metrics)
 
-    def result(self) -> dict[str, float]:
-        """`loss` and, per kind, `kind/loss` and the means; pair counts and alpha are left out."""
-        parts = [{name: value.item() for name, value in part.items()} for part in self.parts]
+    def result(self, world: World = ALONE) -> dict[str, float]:
+        """`loss` and, per kind, `kind/loss` and the means; pair counts and alpha are left out.
+
+        Of the micro-batches of all ranks, each of which must call.
+        """
+        own = [{name: value.item() for name, value in part.items()} for part in self.parts]
+        parts = [part for rank in world.gather_objects(own) for part in rank]
         pairs = {kind: sum(part.get(f"{kind}/pairs", 0) for part in parts) for kind in KINDS}
         result: defaultdict[str, float] = defaultdict(float)
         for part in parts:
@@ -128,10 +144,12 @@ def evaluate(
 
     The packs are always the same ones, so that two evaluations differ by the weights only.
     """
-    micro_batches = make_step(units, token_budget).micro_batches
-    scored = [(objective.scores(micro), micro) for micro in micro_batches]
-    kl, pair_counts = objective.kl_of_scores(scored), count_pairs(units)
-    metrics = MetricSum()
+    world = objective.world
+    step = make_step(units, token_budget, rank=world.rank, num_ranks=world.size)
+    scored = [(objective.scores(micro), micro) for micro in step.micro_batches]
+    reshard(objective.policy)
+    kl, metrics = objective.kl_of_scores(scored), MetricSum()
     for scores_S, micro in scored:
-        metrics.add(objective.loss(scores_S, micro, alpha, pair_counts, kl))
-    return metrics.result()
+        if not micro.is_filler:
+            metrics.add(objective.loss(scores_S, micro, alpha, step.pair_counts, kl))
+    return metrics.result(world)

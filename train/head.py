@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bvpo_kernels.integrations.lm_head import call_with_hooks, read_head
 from bvpo_kernels.integrations.transformers import logit_transform
-from bvpo_kernels.logprobs import linear_logprobs
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import IGNORE_INDEX, TRACE, PackedBatch, TokenPair, Unit
+from train import loading, parallel
 from train.config import RunConfig
 from train.models import load_model
+from train.parallel import World
 
 
 class FusedHeadLM(nn.Module):
@@ -28,8 +30,9 @@ class FusedHeadLM(nn.Module):
         workspace_bytes: bound on the head's temporary memory.
         tail_tolerance: that of `linear_logprobs`; 0 is the exact backward.
 
-    The output embedding's weight is read inside `forward`, hence under the hooks of a wrapper that
-    shards it. Dropout is disabled: policy and reference must differ in their weights only.
+    The output embedding is called as a module, its forward exchanged for the length of the call:
+    FSDP2 gathers its weight in the hooks around that. Dropout is disabled: policy and reference
+    must differ in their weights only.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class FusedHeadLM(nn.Module):
         self.backend = backend
         self.workspace_bytes = workspace_bytes
         self.tail_tolerance = tail_tolerance
+        self.run_device: torch.device | None = None
         self.transform = logit_transform(model.config)
         head = model.get_output_embeddings()
         if head is None or not isinstance(getattr(head, "weight", None), Tensor):
@@ -56,7 +60,8 @@ class FusedHeadLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where it runs; parameters that are offloaded rest on the host."""
+        return self.model.device if self.run_device is None else self.run_device
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Log-probabilities [T] in nats, fp32 (fp64 for fp64 models); 0 where nothing is scored."""
@@ -77,16 +82,21 @@ class FusedHeadLM(nn.Module):
             attention_mask=None,
             use_cache=False,
         ).last_hidden_state
-        return hidden_1TD[0].to(self.model.get_output_embeddings().weight.dtype)
+        return hidden_1TD[0]
 
     def _logprobs(self, batch: PackedBatch) -> Tensor:
+        hidden_TD = self.hidden(batch)
         head = self.model.get_output_embeddings()
-        return linear_logprobs(
-            self.hidden(batch), head.weight, batch.target_T, bias=getattr(head, "bias", None),
-            temperature=self.transform.temperature, softcap=self.transform.softcap,
-            workspace_bytes=self.workspace_bytes, impl=self.backend,
-            tail_tolerance=self.tail_tolerance,
+        return call_with_hooks(head, self._head_logprobs, hidden_TD, batch.target_T)
+
+    def _head_logprobs(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:
+        head = read_head(self.model.get_output_embeddings(), type(self.model).__name__)
+        logprobs_T, _ = head.logprobs(
+            hidden_TD, target_T, return_entropy=False, temperature=self.transform.temperature,
+            softcap=self.transform.softcap, workspace_bytes=self.workspace_bytes,
+            impl=self.backend, tail_tolerance=self.tail_tolerance,
         )  # fmt: skip
+        return logprobs_T
 
     @torch.no_grad()
     def self_check(self) -> None:
@@ -100,7 +110,9 @@ class FusedHeadLM(nn.Module):
             ValueError: naming the model's class and the difference found.
         """
         batch = _probe_batch(self.model.config.get_text_config().vocab_size).to(self.device)
-        packed_T = self._logprobs(batch)  # without autocast: its rounding would hide a small leak
+        # Without autocast: its rounding would hide a small leak.
+        dtype = self.hidden(batch).dtype
+        packed_T = self._logprobs(batch)
         alone = []
         for start, end in pairwise(batch.cu_seqlens.tolist()):
             tokens_1T = batch.tokens_T[None, start:end]
@@ -109,7 +121,6 @@ class FusedHeadLM(nn.Module):
             target_T1 = batch.target_T[start:end, None]
             alone.append(logp_TV.gather(1, target_T1.clamp_min(0))[:, 0])
         wrong_T = (packed_T - torch.cat(alone)).masked_fill(batch.target_T == IGNORE_INDEX, 0).abs()
-        dtype = self.model.get_output_embeddings().weight.dtype
         # bf16 rounds logits of 16 to 32 by up to 0.06 each way, and the hidden states before them;
         # an unknown scale or a leak is off by nats.
         tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.5
@@ -136,8 +147,11 @@ def _probe_batch(vocab: int) -> PackedBatch:
     return pack([Unit("probe", {TRACE: pairs})])
 
 
-def build_policy(cfg: RunConfig) -> tuple[FusedHeadLM, Any]:
+def build_policy(cfg: RunConfig, world: World | None = None) -> tuple[FusedHeadLM, Any]:
     """The model of the configuration under its fused head, and its tokenizer.
+
+    With a world of several ranks the parameters are spread over them; a checkpoint in safetensors
+    is read shard by shard, so that no rank ever holds the whole model.
 
     Raises:
         ValueError: for float16.
@@ -147,12 +161,27 @@ def build_policy(cfg: RunConfig) -> tuple[FusedHeadLM, Any]:
             "model.compute_dtype: expected float32 or bfloat16, got float16, whose small gradients "
             "vanish without loss scaling"
         )
+    if world is not None and world.mesh is not None:
+        return _build_sharded(cfg, world)
     model, tokenizer = load_model(cfg.model)
-    policy = FusedHeadLM(
-        model,
-        compute_dtype=getattr(torch, cfg.model.compute_dtype),
-        backend=cfg.train.head_backend,
-        workspace_bytes=cfg.train.workspace_mib * 2**20,
-        tail_tolerance=cfg.train.tail_tolerance,
-    )
+    policy = _fuse(model, cfg, getattr(torch, cfg.model.compute_dtype))
+    return policy if world is None else policy.to(world.device), tokenizer
+
+
+def _fuse(model: PreTrainedModel, cfg: RunConfig, compute_dtype: torch.dtype) -> FusedHeadLM:
+    return FusedHeadLM(
+        model, compute_dtype=compute_dtype, backend=cfg.train.head_backend,
+        workspace_bytes=cfg.train.workspace_mib * 2**20, tail_tolerance=cfg.train.tail_tolerance,
+    )  # fmt: skip
+
+
+def _build_sharded(cfg: RunConfig, world: World) -> tuple[FusedHeadLM, Any]:
+    model, tokenizer, weights = loading.empty_model(cfg.model)
+    # FSDP2 casts the weights as it gathers them: nothing is left for autocast.
+    policy = _fuse(model, cfg, model.dtype)
+    policy.run_device = world.device
+    parallel.shard(policy, cfg.parallel, world, getattr(torch, cfg.model.compute_dtype))
+    if weights is not None:
+        home = torch.device("cpu") if cfg.parallel.cpu_offload else world.device
+        loading.fill(model, weights, home)
     return policy, tokenizer

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from bvpo_kernels.losses import LOSSES
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.tail import Certificate, tail_certificates
 from bvpo_kernels.types import BVPOLoss, Unit
-from train import head_memory, reference, report
+from train import head_memory, parallel, reference, report
 from train.alpha import build_alpha, build_stats, kind_scale
 from train.config import OptimConfig, RunConfig
 from train.data import MicroBatch, Step, StepPlan, load_units
@@ -28,10 +28,24 @@ from train.export import save_model
 from train.files import replace_file
 from train.head import FusedHeadLM, build_policy
 from train.marginal import UNTRAINED
+from train.parallel import ALONE, World, synchronise, whole
 
 
 class NonFiniteError(FloatingPointError):
     """A score, loss or gradient that is NaN or infinite; the weights are those of the last step."""
+
+
+@dataclass
+class Findings:
+    """What the micro-batches of a step on this rank gave besides gradients.
+
+    ess: unit id -> effective sample size of its extra traces; None where no unit has any.
+    problems: why the optimizer must not move.
+    """
+
+    metrics: MetricSum
+    ess: dict[str, float] | None
+    problems: list[str]
 
 
 class Stopwatch:
@@ -77,7 +91,8 @@ class Trainer:
         cfg: the run; `train.pairs` and `model.name` have been read into the other arguments.
         policy: what is trained, in place.
         tokenizer: saved beside the final model; None saves none.
-        train_units, held_out: disjoint; `held_out` may be empty.
+        train_units, held_out: disjoint; `held_out` may be empty; the same on every rank.
+        world: the ranks that the policy is spread over.
     """
 
     def __init__(
@@ -87,24 +102,23 @@ class Trainer:
         tokenizer: Any,
         train_units: Sequence[Unit],
         held_out: Sequence[Unit],
+        world: World = ALONE,
     ) -> None:
         self.cfg, self.policy, self.tokenizer, self.held_out = cfg, policy, tokenizer, held_out
+        self.world = world
         self.run_dir = Path(cfg.run_dir)
-        self.plan = StepPlan(train_units, cfg.train, cfg.seed)
+        self.plan = StepPlan(train_units, cfg.train, cfg.seed, world.rank, world.size)
         policy.self_check()
         scores = None
         if LOSSES[cfg.loss.name].reference:
-            scores = reference.load_or_build(policy, self.plan, held_out, cfg)
-        self.objective = Objective(policy, scores, cfg.loss)
+            scores = reference.load_or_build(policy, self.plan, held_out, cfg, world)
+        parallel.reshard(policy)
+        self.objective = Objective(policy, scores, cfg.loss, world)
         self.alpha = build_alpha(cfg.alpha)
         head = policy.model.get_output_embeddings()
         self.stats = build_stats(cfg.alpha, policy, head, cfg.seed)
         policy.train()  # transformers checkpoints activations in this mode only; no dropout is left
-        if cfg.train.activation_checkpointing:
-            # The newer name of the two; transformers 5.17 has the older one only.
-            name = "activation_checkpointing_enable"
-            enable = getattr(policy.model, name, policy.model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+        parallel.checkpoint_activations(policy.model, cfg.train.checkpoint_layers)
         self.optimizer = build_optimizer(policy, cfg.optim)
         num_steps = self.plan.num_steps
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -114,94 +128,109 @@ class Trainer:
     def run(self) -> None:
         """Train, evaluate, save the model and draw the report."""
         eval_every, num_steps = self.cfg.train.eval_every, self.plan.num_steps
-        with report.RunLog(self.run_dir) as log:
+        main = self.world.is_main
+        with report.RunLog(self.run_dir, active=main) as log:
             before = after = self.evaluate(log, 0)
-            bar = tqdm(range(num_steps), desc="train", unit="step")
+            bar = tqdm(range(num_steps), desc="train", unit="step", disable=not main)
             for step in bar:
                 line = self.train_step(step)
                 log.write("train", step + 1, line)
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
-                if step == 0 and self.cfg.loss.name == "dpo":
+                if step == 0 and self.cfg.loss.name == "dpo" and main:
                     tqdm.write(f"first loss {line['loss']:.4f} (log 2 = {math.log(2):.4f})")
                 last = step + 1 == num_steps
                 if last or (eval_every and (step + 1) % eval_every == 0):
                     after = self.evaluate(log, step + 1)
-        save_model(self.policy.model, self.tokenizer, self.run_dir / "model")
+        save_model(self.policy.model, self.tokenizer, self.run_dir / "model", self.world)
+        if main:
+            self._report(before, after)
+
+    def _report(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         report.draw(self.run_dir / "log.jsonl", self.run_dir / "report.png")
         if self.held_out:
             print(report.before_after_table(before, after, len(self.held_out)))
         print(report.alpha_summary(self.alpha.log(), self.cfg.train.units_per_step), end="")
-        if self.cfg.train.measure_head_memory:
+        if self.cfg.train.measure_head_memory and self.world.mesh is None:
             print(head_memory.compare(self.policy, self.plan[0].micro_batches[0].batch))
 
     def train_step(self, step: int) -> dict[str, float]:
-        """One optimizer step; returns its log line.
+        """One optimizer step; returns its log line, the same on every rank but for times.
 
         Raises:
-            NonFiniteError: before the optimizer moves, naming the units.
+            NonFiniteError: on every rank, before the optimizer moves, naming the units.
         """
-        watch, metrics, alpha = Stopwatch(), MetricSum(), self.alpha.value()
-        ess: dict[str, float] = {}
+        watch, alpha = Stopwatch(), self.alpha.value()
         with watch("data"):
             data = self.plan[step]
+        found = Findings(MetricSum(), {} if MARGINAL in data.kinds else None, [])
         with watch("forward"):
             kl = self.objective.kl(data.micro_batches)
         with tail_certificates() if self.policy.tail_tolerance > 0 else nullcontext() as tails:
-            for micro in data.micro_batches:
+            for number, micro in enumerate(data.micro_batches, 1):
+                last = number == len(data.micro_batches)
+                synchronise(self.policy, last or self.cfg.parallel.sync_every_micro_batch)
                 with self._measured(micro, alpha, data):
                     with watch("forward"):
-                        scores_S = self.objective.scores(micro)
-                        result = self._loss(scores_S, micro, alpha, data, kl, step)
-                        loss = result.loss
-                        if MARGINAL in micro.batch.kinds:
-                            marginal = self.objective.marginal(scores_S, micro)
-                            loss = loss + UNTRAINED / len(data.units) * marginal.total
-                            ess |= marginal.ess
+                        loss = self._loss(micro, alpha, data, kl, found)
                     with watch("backward"):
                         loss.backward()
-                metrics.add(result)
         with watch("optimizer"):
-            grad_norm = self._clip(data, step)
+            grad_norm = self._clip(data, found)
+            self._stop_if(found.problems, step)
             lr = self.optimizer.param_groups[0]["lr"]
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
         if self.stats is not None:
             with watch("statistics"):
-                self.alpha.update(self.stats.result(ess=ess or None))
-        line = metrics.result() | _tail_values(tails)
+                self.alpha.update(self.stats.result(self.world.group, ess=found.ess))
+        line = found.metrics.result(self.world) | _tail_values(tails, self.world)
         return line | self._step_values(data, watch, alpha, lr, grad_norm)
+
+    def _loss(
+        self,
+        micro: MicroBatch,
+        alpha: float,
+        data: Step,
+        kl: Mapping[str, Tensor] | None,
+        found: Findings,
+    ) -> Tensor:
+        """What a micro-batch adds to the loss of the step; what is wrong with it is found."""
+        scores_S = self.objective.scores(micro)
+        if micro.is_filler:
+            return 0.0 * scores_S.sum()
+        found.problems += _non_finite_scores(scores_S, micro)
+        result = self.objective.loss(scores_S, micro, alpha, data.pair_counts, kl)
+        found.metrics.add(result)
+        found.problems += _non_finite_loss(result, micro)
+        if found.ess is None:
+            return result.loss
+        marginal = self.objective.marginal(scores_S, micro)
+        found.ess |= marginal.ess
+        return result.loss + UNTRAINED / len(data.units) * marginal.total
 
     def _measured(self, micro: MicroBatch, alpha: float, data: Step) -> AbstractContextManager:
         """Where a micro-batch runs: measured if alpha is estimated."""
         if self.stats is None:
             return nullcontext()
         batch = micro.batch.to(self.policy.device)
-        return self.stats.collect(batch, kind_scale(alpha, len(data.units), batch.kinds))
+        scale = kind_scale(alpha, len(data.units), batch.kinds)
+        return self.stats.collect(batch, scale, counted=not micro.is_filler)
 
-    def _loss(
-        self,
-        scores_S: Tensor,
-        micro: MicroBatch,
-        alpha: float,
-        data: Step,
-        kl: Mapping[str, Tensor] | None,
-        step: int,
-    ) -> BVPOLoss:
-        _require_finite(scores_S, micro, step)
-        result = self.objective.loss(scores_S, micro, alpha, data.pair_counts, kl)
-        if not bool(result.loss.isfinite()):
-            units = list(micro.batch.unit_ids)
-            raise NonFiniteError(f"step {step}: loss {result.loss.item()} from the units {units}")
-        return result
-
-    def _clip(self, data: Step, step: int) -> float:
-        """Scale the gradient to `max_grad_norm`; returns its norm before that."""
+    def _clip(self, data: Step, found: Findings) -> float:
+        """Scale the gradient to `max_grad_norm`; returns its norm before that, over all ranks."""
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.optim.max_grad_norm)
-        if not math.isfinite(norm.item()):
-            units = [unit.unit_id for unit in data.units]
-            raise NonFiniteError(f"step {step}: gradient norm {norm.item()} from the units {units}")
-        return norm.item()
+        value = whole(norm).item()
+        if not math.isfinite(value):
+            names = [unit.unit_id for unit in data.units]
+            found.problems.append(f"gradient norm {value} from the units {names}")
+        return value
+
+    def _stop_if(self, problems: Sequence[str], step: int) -> None:
+        """Raise on every rank if there is a problem on any."""
+        if self.world.any(bool(problems)):
+            found = [text for rank in self.world.gather_objects(list(problems)) for text in rank]
+            raise NonFiniteError(f"step {step}: {found[0]}")
 
     def _step_values(
         self, data: Step, watch: Stopwatch, alpha: float, lr: float, grad_norm: float
@@ -231,31 +260,44 @@ class Trainer:
         return metrics
 
 
-def _tail_values(certificates: Sequence[Certificate] | None) -> dict[str, float]:
+def _tail_values(certificates: Sequence[Certificate] | None, world: World) -> dict[str, float]:
     """Share of the tokens that took the exact backward of the head; 1 where all did."""
     if certificates is None:
         return {}
-    tokens = sum(int(c.num_tokens) for c in certificates)
-    dense = sum(int(c.num_dense) for c in certificates)
+    counts = (
+        sum(int(c.num_tokens) for c in certificates), sum(int(c.num_dense) for c in certificates)
+    )  # fmt: skip
+    tokens, dense = (sum(n) for n in zip(*world.gather_objects(counts), strict=True))
     return {"tail/dense_share": dense / tokens if tokens else 1.0}
 
 
-def _require_finite(scores_S: Tensor, micro: MicroBatch, step: int) -> None:
+def _non_finite_scores(scores_S: Tensor, micro: MicroBatch) -> list[str]:
     """Name the units whose scores are NaN or infinite."""
     batch = micro.batch
     bad_S = ~scores_S.detach().isfinite().cpu()
-    if bool(bad_S.any()):
-        unit_S = batch.group_unit_G[batch.pair_group_P].repeat_interleave(2)
-        names = [batch.unit_ids[index] for index in unit_S[bad_S].unique().tolist()]
-        raise NonFiniteError(f"step {step}: non-finite score of the units {names}")
+    if not bool(bad_S.any()):
+        return []
+    unit_S = batch.group_unit_G[batch.pair_group_P].repeat_interleave(2)
+    names = [batch.unit_ids[index] for index in unit_S[bad_S].unique().tolist()]
+    return [f"non-finite score of the units {names}"]
+
+
+def _non_finite_loss(result: BVPOLoss, micro: MicroBatch) -> list[str]:
+    if bool(result.loss.isfinite()):
+        return []
+    return [f"loss {result.loss.item()} from the units {list(micro.batch.unit_ids)}"]
 
 
 def run(cfg: RunConfig) -> None:
     """`train`: from the configuration to the final model and its report in `run_dir`."""
     run_dir = Path(cfg.run_dir)
     settings = yaml.safe_dump(asdict(cfg), sort_keys=False)
-    replace_file(run_dir / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8"))
-    torch.manual_seed(cfg.seed)
-    train_units, held_out = load_units(cfg)
-    policy, tokenizer = build_policy(cfg)
-    Trainer(cfg, policy, tokenizer, train_units, held_out).run()
+    with parallel.start(cfg.parallel) as world:
+        if world.is_main:
+            replace_file(
+                run_dir / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8")
+            )
+        torch.manual_seed(cfg.seed)
+        train_units, held_out = load_units(cfg)
+        policy, tokenizer = build_policy(cfg, world)
+        Trainer(cfg, policy, tokenizer, train_units, held_out, world).run()

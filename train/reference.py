@@ -14,15 +14,19 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import segment_sum
 from bvpo_kernels.types import KINDS, Unit
+from train import parallel
 from train.config import ModelConfig, RunConfig
-from train.data import MicroBatch, StepPlan, load_units, make_step
+from train.data import MicroBatch, StepPlan, load_units
 from train.files import replace_file
 from train.head import FusedHeadLM, build_policy
+from train.parallel import ALONE, World, whole
 
 FORMAT = 1
 _MISSING_SHOWN = 5
@@ -47,20 +51,25 @@ def _segment_keys(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
 def weights_digest(model: nn.Module) -> str:
     """sha256 over name, dtype, shape and bytes of every parameter and buffer that is saved."""
 
-    def digest(item: tuple[str, Tensor]) -> str:
-        name, tensor = item
+    def digest(name: str, tensor: Tensor) -> str:
         head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode()
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return hashlib.sha256(head + hashlib.sha256(content.data).digest()).hexdigest()
 
-    tensors = sorted(model.state_dict().items())
+    digests = []
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        return hashlib.sha256("".join(pool.map(digest, tensors)).encode()).hexdigest()
+        for name, tensor in sorted(model.state_dict().items()):
+            # A sharded tensor is whole for a moment, here only: a collective of all ranks.
+            digests.append(pool.submit(digest, name, whole(tensor)))
+            if isinstance(tensor, DTensor):
+                digests[-1].result()
+        return hashlib.sha256("".join(d.result() for d in digests).encode()).hexdigest()
 
 
 def fingerprint(policy: FusedHeadLM, cfg: ModelConfig) -> dict[str, str]:
     """Everything besides the token ids that the scores depend on, whatever the libraries."""
     return {
+        "casts": "fsdp" if isinstance(policy, FSDPModule) else "autocast",
         "format": str(FORMAT),
         "weights": weights_digest(policy.model),
         "param_dtype": cfg.param_dtype,
@@ -125,27 +134,39 @@ class ReferenceCache:
 
 
 def build(
-    policy: FusedHeadLM, micro_batches: Sequence[MicroBatch], cfg: ModelConfig
+    policy: FusedHeadLM, micro_batches: Sequence[MicroBatch], cfg: ModelConfig, world: World = ALONE
 ) -> ReferenceCache:
-    """Score every micro-batch without gradients.
+    """Score every micro-batch without gradients; all ranks call, and all get the scores of all.
 
     The micro-batches are those that training will use first: a half-precision GEMM may round a row
     differently in another pack, and the first loss is log 2 exactly only in the same packs.
     """
     keys: list[str] = []
     scores: list[Tensor] = []
+    failed: list[str] = []
     total = sum(micro.batch.num_tokens for micro in micro_batches)
-    with torch.no_grad(), tqdm(total=total, desc="reference", unit="tok", unit_scale=True) as bar:
+    bar = tqdm(
+        total=total, desc="reference", unit="tok", unit_scale=True, disable=not world.is_main
+    )
+    with torch.no_grad(), bar:
         for micro in micro_batches:
             batch = micro.batch.to(policy.device)
             scores_S = segment_sum(policy(batch), batch.cu_seqlens).cpu()
+            bar.update(batch.num_tokens)
+            if micro.is_filler:
+                continue
             if not bool(scores_S.isfinite().all()):
-                ids = [unit.unit_id for unit in micro.units]
-                raise FloatingPointError(f"reference: non-finite score in one of the units {ids}")
+                failed += [unit.unit_id for unit in micro.units]
             scores.append(scores_S)
             keys += [key for key, _ in _segment_keys(micro.units)]
-            bar.update(batch.num_tokens)
-    return ReferenceCache(fingerprint(policy, cfg), tuple(keys), torch.cat(scores))
+    joined = torch.cat(scores) if scores else torch.empty(0)
+    parts = world.gather_objects((keys, joined, failed))
+    if failed := [name for part in parts for name in part[2]]:
+        raise FloatingPointError(f"reference: non-finite score in one of the units {failed}")
+    all_keys = tuple(key for part in parts for key in part[0])
+    return ReferenceCache(
+        fingerprint(policy, cfg), all_keys, torch.cat([part[1] for part in parts])
+    )
 
 
 def save(cache: ReferenceCache, path: Path) -> None:
@@ -193,38 +214,48 @@ def cache_path(cfg: RunConfig) -> Path:
 
 
 def first_packs(plan: StepPlan, held_out: Sequence[Unit]) -> list[MicroBatch]:
-    """The packs of the first epoch and of the evaluation: every unit once."""
+    """This rank's packs of the first epoch and of the evaluation, which hold every unit once."""
     steps = plan.first_epoch()
     if held_out:
-        steps.append(make_step(held_out, plan.token_budget))
+        steps.append(plan.step_of(held_out))
     return [micro for step in steps for micro in step.micro_batches]
 
 
 def load_or_build(
-    policy: FusedHeadLM, plan: StepPlan, held_out: Sequence[Unit], cfg: RunConfig
-) -> ReferenceCache:
+    policy: FusedHeadLM, plan: StepPlan, held_out: Sequence[Unit], cfg: RunConfig,
+    world: World = ALONE,
+) -> ReferenceCache:  # fmt: skip
     """The cache of the run's folder, checked; built and stored there if there is none.
 
     Raises:
         ValueError: if the cache was made with other weights or settings, or lacks a response.
     """
     path = cache_path(cfg)
-    if not path.exists():
-        cache = build(policy, first_packs(plan, held_out), cfg.model)
-        save(cache, path)
-        return cache
+    if not world.broadcast_object(path.exists()):
+        return _build_and_save(policy, plan, held_out, cfg, world)
     cache = load(path)
     cache.check_fingerprint(fingerprint(policy, cfg.model), path)
     cache.check_units([*plan.units, *held_out], path)
     return cache
 
 
+def _build_and_save(
+    policy: FusedHeadLM, plan: StepPlan, held_out: Sequence[Unit], cfg: RunConfig, world: World
+) -> ReferenceCache:
+    cache = build(policy, first_packs(plan, held_out), cfg.model, world)
+    if world.is_main:
+        save(cache, cache_path(cfg))
+    world.barrier()
+    return cache
+
+
 def run(cfg: RunConfig) -> None:
     """`cache-ref`: compute the scores of all pairs and store them in `run_dir`, replacing older."""
-    train_units, held_out = load_units(cfg)
-    policy, _ = build_policy(cfg)
-    policy.self_check()
-    plan = StepPlan(train_units, cfg.train, cfg.seed)
-    cache = build(policy, first_packs(plan, held_out), cfg.model)
-    save(cache, cache_path(cfg))
-    print(f"reference scores of {len(cache.keys)} responses: {cache_path(cfg)}")
+    with parallel.start(cfg.parallel) as world:
+        train_units, held_out = load_units(cfg)
+        policy, _ = build_policy(cfg, world)
+        policy.self_check()
+        plan = StepPlan(train_units, cfg.train, cfg.seed, world.rank, world.size)
+        cache = _build_and_save(policy, plan, held_out, cfg, world)
+        if world.is_main:
+            print(f"reference scores of {len(cache.keys)} responses: {cache_path(cfg)}")

@@ -26,13 +26,16 @@ class RunLog:
     """`log.jsonl` (a line per step and per evaluation) and TensorBoard events, as they come.
 
     A line has `event` ("train" or "eval"), `step` (optimizer steps done), `time` (seconds since the
-    run began) and metrics. A new run in the same folder replaces the old log.
+    run began) and metrics. A new run in the same folder replaces the old log. Where it is not
+    `active`, nothing is written: one rank of several keeps the log.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, active: bool = True) -> None:
+        self.run_dir, self.active = run_dir, active
 
     def __enter__(self) -> RunLog:
+        if not self.active:
+            return self
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.file: IO[str] = open(self.run_dir / "log.jsonl", "w", encoding="utf-8")
         # purge_step=0 hides the events of an earlier run in this folder.
@@ -41,10 +44,14 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self.active:
+            return
         self.file.close()
         self.board.close()
 
     def write(self, event: str, step: int, metrics: Mapping[str, float]) -> None:
+        if not self.active:
+            return
         line = {"event": event, "step": step, "time": time.perf_counter() - self.start, **metrics}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()

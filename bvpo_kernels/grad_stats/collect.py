@@ -135,12 +135,18 @@ class GradStats:
 
     @contextmanager
     def collect(
-        self, batch: PackedBatch, kind_scale: Mapping[str, float] | None = None
+        self,
+        batch: PackedBatch,
+        kind_scale: Mapping[str, float] | None = None,
+        *,
+        counted: bool = True,
     ) -> Iterator[None]:
         """Measure the backward that runs inside; forward and backward of one micro-batch.
 
         Args:
             batch: what the model is run on, as one row of tokens.
+            counted: False runs the layers as ever but leaves the units out of the step: for a rank
+                that has fewer micro-batches than another, and calls the model all the same.
             kind_scale: kind -> factor of that kind's losses in the loss that is differentiated,
                 weight / number of pairs in the step for `bvpo_loss`; it is divided out. None: 1.
                 A kind of factor 0 has no gradient to measure: clip alpha, to [.02, .98] say.
@@ -159,7 +165,7 @@ class GradStats:
                 raise RuntimeError("collect: expected the same trained parameters within a step")
             self._arrange()
         scales = _scales(batch, kind_scale)
-        self._check_batch(batch, scales)
+        self._check_batch(batch, scales, counted)
         collection = self._open(batch)
         before = self._gradient_versions()
         self.collection, scope.active = collection, self
@@ -175,7 +181,7 @@ class GradStats:
                     layer.module.forward = previous  # type: ignore[method-assign]
             scope.active = None
             del self.collection
-        self._close(batch, collection, scales, before)
+        self._close(batch, collection, scales, before, counted)
 
     def head_logprobs(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
@@ -230,18 +236,26 @@ class GradStats:
         for micro in micro_batches:
             _check_uses(micro, self._layout, self.strict)
             missing = [name for name in micro.unit_ids if ess is not None and name not in ess]
-            if missing:
+            if missing and micro.counted:
                 raise ValueError(
                     f"ess: expected every unit of the step, got none for {missing[:3]}"
                 )
         sums = [leaf.grad for leaf in kind_sums or () if leaf is not None]
         return combine(micro_batches, self.mode, self.cross, sums, process_group, ess, self.within)
 
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps measured so far, from which the coming sketches are drawn."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on with the sketches of the step after those that `state_dict` had seen."""
+        self._step = int(state["step"])
+
     def reset(self) -> None:
         """Forget what was collected since the last `result`, for a step that is given up."""
         self._micro_batches, self._kind_sums = [], None
 
-    def _check_batch(self, batch: PackedBatch, scales: tuple[float, ...]) -> None:
+    def _check_batch(self, batch: PackedBatch, scales: tuple[float, ...], counted: bool) -> None:
         """Every unit once in the step and with every kind; kinds and scales as before."""
         units, kinds = len(batch.unit_ids), len(batch.kinds)
         place = torch.full((units, kinds), -1)
@@ -253,7 +267,7 @@ class GradStats:
                 raise ValueError(
                     f"batch: expected every kind in every unit, {name!r} has no {kind}"
                 )
-        seen = {name for micro in self._micro_batches for name in micro.unit_ids}
+        seen = {name for m in self._micro_batches if m.counted and counted for name in m.unit_ids}
         again = sorted(seen & set(batch.unit_ids))
         if again or len(set(batch.unit_ids)) != units:
             raise ValueError(f"batch: expected each unit once in a step, got again {again[:3]}")
@@ -319,6 +333,7 @@ class GradStats:
         collection: Collection,
         scales: tuple[float, ...],
         before: list[tuple[int, int]],
+        counted: bool,
     ) -> None:
         if collection.record.grad is None:
             raise RuntimeError("collect: expected a backward inside, none reached a trained layer")
@@ -343,6 +358,7 @@ class GradStats:
                 moved=tuple(
                     i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b
                 ),
+                counted=counted,
             )
         )
 

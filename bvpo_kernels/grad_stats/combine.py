@@ -22,7 +22,7 @@ class MicroBatchStats:
 
     owner_G: unit * K + kind of each group; several groups (pairs) may make one gradient. record:
     see `Plan`. sketch_GF: all sketches of a group in a row. moved: indices of the parameters whose
-    gradient changed.
+    gradient changed. counted: whether its units belong to the step.
     """
 
     unit_ids: tuple[str, ...]
@@ -32,6 +32,7 @@ class MicroBatchStats:
     record: Tensor
     sketch_GF: Tensor | None
     moved: tuple[int, ...]
+    counted: bool = True
 
     def scale_KK(self) -> Tensor:
         scale_K = torch.tensor(self.scales, dtype=torch.float64)
@@ -90,10 +91,14 @@ def combine(
     Units whose effective sample size is below `MIN_ESS` are left out and counted.
     """
     kept = [
-        torch.tensor([ess is None or ess[name] >= MIN_ESS for name in micro.unit_ids])
+        torch.tensor(
+            [micro.counted and (ess is None or ess[name] >= MIN_ESS) for name in micro.unit_ids]
+        )
         for micro in micro_batches
     ]
-    skipped = sum(int((~keep_B).sum()) for keep_B in kept)
+    skipped = sum(
+        int((~keep_B).sum()) for m, keep_B in zip(micro_batches, kept, strict=True) if m.counted
+    )
     kinds = micro_batches[0].kinds
     ranks = 1 if process_group is None else dist.get_world_size(process_group)
     alone = len(micro_batches) == 1 and ranks == 1
@@ -119,7 +124,7 @@ def combine(
         parts = [m.within_BKK()[keep_B] for m, keep_B in zip(micro_batches, kept, strict=True)]
         more["within_BKK"] = torch.cat(parts)
     if ess is not None:
-        sizes = [ess[name] for micro in micro_batches for name in micro.unit_ids]
+        sizes = [ess.get(name, 0.0) for micro in micro_batches for name in micro.unit_ids]
         more["ess_B"] = torch.tensor(sizes, dtype=torch.float64)[torch.cat(kept)]
     if process_group is not None:
         device = micro_batches[0].record.device

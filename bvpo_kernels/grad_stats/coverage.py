@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -176,7 +175,9 @@ def _norm_form(module: nn.Module) -> tuple[float, bool] | None:
 
 def _probe_norm(module: nn.Module, size: int, eps: float) -> bool:
     """Whether a class of somebody else is an RMSNorm: asked of a copy with a weight of our own."""
-    probe = copy.copy(module)
+    # copy.copy would run the constructor of a module that FSDP2 has given another class.
+    probe: Any = object.__new__(type(module))
+    probe.__dict__ = module.__dict__.copy()
     values = torch.arange(3 * size, dtype=torch.float32).reshape(1, 3, size)
     x, dy, weight = values.sin(), values.cos(), nn.Parameter(values[0, 0].mul(0.7).cos())
     probe._parameters = {"weight": weight}

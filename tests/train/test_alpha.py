@@ -48,7 +48,8 @@ def test_statistics_of_a_step_are_those_of_single_units(tmp_path, tokens):
     trainer = make_trainer(cfg, make_units(4))
     step = trainer.plan[0]
     assert (len(step.micro_batches) > 1) == (tokens == 160)
-    grads = unit_gradients(trainer, step.units, step)
+    units = [unit for micro in step.micro_batches for unit in micro.units]
+    grads = unit_gradients(trainer, units, step)
     seen = {}
     trainer.alpha.update = lambda stats: seen.update(stats=stats)
     trainer.train_step(0)

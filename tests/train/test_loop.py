@@ -38,7 +38,8 @@ def one_step(trainer, groups):
     """Run a step with the given micro-batches; returns the gradient that the optimizer saw."""
     units = [unit for group in groups for unit in group]
     micro_batches = tuple(MicroBatch(tuple(group), pack(group)) for group in groups)
-    trainer.plan = {0: Step(0.0, micro_batches, count_pairs(units), 1.0)}
+    tokens = sum(unit.num_tokens for unit in units)
+    trainer.plan = {0: Step(0.0, tuple(units), micro_batches, count_pairs(units), tokens, 1.0)}
     trainer.optimizer.zero_grad = lambda set_to_none: None
     line = trainer.train_step(0)
     model = trainer.policy.model
@@ -140,15 +141,14 @@ def test_steps_equal_a_naive_implementation(tmp_path, alpha, tied):
             torch.testing.assert_close(got, param, rtol=0, atol=2e-3 * lr, msg=name)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_checkpointing_does_not_change_the_gradient(tmp_path, checkpointing):
-    cfg = make_cfg(tmp_path, activation_checkpointing=checkpointing)
-    trainer, calls = make_trainer(cfg, make_units(4)), []
-    layer = trainer.policy.model.model.layers[0]
-    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+@pytest.mark.parametrize(("every", "recomputed"), [(None, []), (1, [0, 1]), (2, [0])])
+def test_checkpointing_does_not_change_the_gradient(tmp_path, every, recomputed):
+    trainer, calls = make_trainer(make_cfg(tmp_path, checkpoint_layers=every), make_units(4)), []
+    for index, layer in enumerate(trainer.policy.model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
     units = make_units(4)
     gradient, _ = one_step(trainer, [units])
-    assert len(calls) == (2 if checkpointing else 1)
+    assert sorted(calls) == sorted([0, 1, *recomputed])
     plain = make_trainer(make_cfg(tmp_path), units)
     expected, _ = one_step(plain, [units])
     assert_close(gradient, expected, rtol=1e-5, relative_atol=1e-6)
@@ -247,7 +247,7 @@ def test_written_configuration_is_read_back(tmp_path, monkeypatch):
     cfg = make_cfg(tmp_path, max_steps=1)
     cfg.optim.betas, cfg.train.holdout = (0.8, 0.95), 0.0
     monkeypatch.setattr(loop, "load_units", lambda cfg: (make_units(4), []))
-    monkeypatch.setattr(loop, "build_policy", lambda cfg: (FusedHeadLM(tiny_model()), None))
+    monkeypatch.setattr(loop, "build_policy", lambda cfg, world: (FusedHeadLM(tiny_model()), None))
     loop.run(cfg)
     command, read = parse(["train", "--config", str(tmp_path / "config.yaml")])
     assert command == "train"

@@ -108,7 +108,9 @@ def test_unchanged_cache_is_used_not_rebuilt(tmp_path):
 def test_command_replaces_a_stale_cache_with_one_that_training_takes(tmp_path, monkeypatch):
     cfg, units, held_out = make_cfg(tmp_path), make_units(5), make_units(2, seed=5)
     monkeypatch.setattr(reference, "load_units", lambda cfg: (units, held_out))
-    monkeypatch.setattr(reference, "build_policy", lambda cfg: (FusedHeadLM(tiny_model()), None))
+    monkeypatch.setattr(
+        reference, "build_policy", lambda cfg, world: (FusedHeadLM(tiny_model()), None)
+    )
     make_trainer(cfg, make_units(5, seed=9), model=tiny_model(tie_word_embeddings=True))
     with pytest.raises(ValueError, match="rebuild them with cache-ref"):
         make_trainer(cfg, units, held_out)
