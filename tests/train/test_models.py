@@ -8,7 +8,12 @@ from transformers.utils import logging as transformers_logging
 
 from train import models, sample
 from train.config import ModelConfig, SampleConfig
-from train.models import load_model, load_tokenizer, tokenizer_fingerprint
+from train.models import (
+    load_model,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    with_compute_dtype,
+)
 from train.modes import KIND_OF_MODE, build_prompts
 from train.prompts import Prompt
 
@@ -111,3 +116,11 @@ def test_smollm2_of_the_wheel_generates_in_both_modes():
         assert [len(group) for group in drawn] == [2]
         assert all(1 <= len(response) <= 4 for response in drawn[0])
         assert sampler.draw([prompts[mode]], 4, seed=0) == drawn
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, fast, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    assert with_compute_dtype(ModelConfig(compute_dtype="auto")).compute_dtype == expected
+    assert with_compute_dtype(ModelConfig(compute_dtype="float32")).compute_dtype == "float32"
