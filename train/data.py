@@ -162,12 +162,21 @@ class StepPlan:
         """This rank's part of a step on any units."""
         return make_step(units, self.token_budget, epoch, self.rank, self.num_ranks)
 
-    def first_epoch(self) -> list[Step]:
-        """All units, in the packs of epoch 0: its steps, then the units that it leaves out."""
-        steps = [self[step] for step in range(self.steps_per_epoch)]
+    @property
+    def units_used(self) -> list[Unit]:
+        """The units that the run can reach, each once, in the order of epoch 0."""
         order = epoch_order(self.units, self.seed, 0)
-        rest = order[self.steps_per_epoch * self.units_per_step :]
-        return [*steps, self.step_of(rest)] if rest else steps
+        if self.num_steps > self.steps_per_epoch:
+            return order  # what epoch 0 leaves out may come in a later one
+        return order[: self.num_steps * self.units_per_step]
+
+    def first_packs(self) -> list[MicroBatch]:
+        """This rank's packs of every unit that the run can reach: epoch 0, then what it omits."""
+        steps = [self[step] for step in range(min(self.num_steps, self.steps_per_epoch))]
+        rest = self.units_used[len(steps) * self.units_per_step :]
+        if rest:
+            steps.append(self.step_of(rest))
+        return [micro for step in steps for micro in step.micro_batches]
 
 
 def load_units(cfg: RunConfig) -> tuple[list[Unit], list[Unit]]:

@@ -214,11 +214,9 @@ def cache_path(cfg: RunConfig) -> Path:
 
 
 def first_packs(plan: StepPlan, held_out: Sequence[Unit]) -> list[MicroBatch]:
-    """This rank's packs of the first epoch and of the evaluation, which hold every unit once."""
-    steps = plan.first_epoch()
-    if held_out:
-        steps.append(plan.step_of(held_out))
-    return [micro for step in steps for micro in step.micro_batches]
+    """This rank's packs in which the run first meets each unit, the held-out ones included."""
+    evaluated = plan.step_of(held_out).micro_batches if held_out else ()
+    return [*plan.first_packs(), *evaluated]
 
 
 def load_or_build(
@@ -235,7 +233,7 @@ def load_or_build(
         return _build_and_save(policy, plan, held_out, cfg, world)
     cache = load(path)
     cache.check_fingerprint(fingerprint(policy, cfg.model), path)
-    cache.check_units([*plan.units, *held_out], path)
+    cache.check_units([*plan.units_used, *held_out], path)
     return cache
 
 

@@ -27,8 +27,19 @@ def test_an_epoch_uses_each_unit_once_and_leaves_out_the_rest():
         assert [len(step) for step in steps] == [3, 3, 3]
         assert len({name for step in steps for name in step}) == 9
     assert sorted(epochs[0]) != sorted(epochs[1])
-    first = [name for step in plan.first_epoch() for name in ids(step.units)]
+    first = [name for micro in plan.first_packs() for name in micro.batch.unit_ids]
     assert sorted(first) == sorted(ids(make_units(11)))
+    assert sorted(ids(plan.units_used)) == sorted(first)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(1, 3), (2, 6), (3, 9), (4, 11)])
+def test_units_that_the_run_never_reaches_are_not_scored(steps, count):
+    plan = plan_of(make_units(11), max_steps=steps)
+    used = {name for step in range(steps) for name in ids(plan[step].units)}
+    assert len(plan.units_used) == count
+    assert used <= set(ids(plan.units_used))
+    assert [u for m in plan.first_packs() for u in m.batch.unit_ids] != []
+    assert {u for m in plan.first_packs() for u in m.batch.unit_ids} == set(ids(plan.units_used))
 
 
 def test_order_depends_on_seed_epoch_and_ids_only():
