@@ -8,6 +8,7 @@ cancel when p_y -> 1, and neither does the target's gradient 1 - p_y = -expm1(lo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,11 @@ from torch import Tensor
 # four row passes over it do not go to memory; the GEMM is still large enough to run at full speed.
 CPU_TILE_ELEMENTS = 1 << 20
 TOKENS_PER_TILE = 1024
+# A sum over the vocabulary is that of tiles, a tile's that of stretches: some BLAS kernels keep one
+# chain of additions, however long, where others (for products of another shape, say those of naive
+# torch) have blocks. Over V = 49 152 a chain loses nine times as much.
+CPU_TILE_COLUMNS = 8192
+CPU_STRETCH = 256
 # Bytes that one logit costs while a tile is alive: product, fp32 copy, fp32 temporary, downcast.
 BYTES_PER_LOGIT = 16
 
@@ -45,16 +51,33 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@functools.cache
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch has a fast CPU product for `dtype`; without oneDNN's, that of two-byte numbers
+    runs at the hundredth part of the speed of fp32."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if dtype not in names:
+        return True
+    name = f"_is_mkldnn_{names[dtype]}_supported"
+    return hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
+
+
 def mm(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in the accumulation dtype.
 
-    On CUDA the GEMM writes fp32 directly. CPU torch has no such GEMM for half inputs: the product
-    is rounded to the input dtype once per tile (the error of a naive head), then widened.
+    On CUDA the GEMM writes fp32 directly. CPU torch has no such GEMM for half inputs: where it has
+    one at all, the product is rounded to the input dtype once per tile (the error of a naive head),
+    then widened; elsewhere the operands are widened.
     """
     out_dtype = accumulate_dtype(left.dtype)
     if left.is_cuda and out_dtype != left.dtype:
         return torch.mm(left, right, out_dtype=out_dtype)
-    return torch.mm(left, right).to(out_dtype)
+    if left.is_cuda or (out_dtype != left.dtype and cpu_multiplies(left.dtype)):
+        return torch.mm(left, right).to(out_dtype)
+    total = left.new_zeros(left.shape[0], right.shape[1], dtype=out_dtype)
+    for part in ranges(left.shape[1], CPU_STRETCH):
+        total.addmm_(left[:, part].to(out_dtype), right[part].to(out_dtype))
+    return total
 
 
 def tile_shape(
@@ -63,7 +86,7 @@ def tile_shape(
     """Tokens and vocabulary columns of a tile that fits the workspace."""
     elements = max(workspace // BYTES_PER_LOGIT, 1)
     if device.type == "cpu":
-        elements = min(elements, CPU_TILE_ELEMENTS)
+        elements, vocab = min(elements, CPU_TILE_ELEMENTS), min(vocab, CPU_TILE_COLUMNS)
     tokens = max(min(num_tokens, TOKENS_PER_TILE, elements), 1)
     return tokens, max(min(vocab, elements // tokens), 1)
 
