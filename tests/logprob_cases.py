@@ -44,7 +44,7 @@ def run(inputs, impl, need=("hidden", "weight", "bias"), dtype=None, **options):
     leaves = {}
     for name in ("hidden", "weight", "bias"):
         if name in inputs:
-            leaf = inputs[name].detach().to(dtype or inputs[name].dtype).clone()
+            leaf = inputs[name].detach().to(dtype or inputs[name].dtype, copy=True)
             leaves[name] = leaf.requires_grad_(name in need)
     hidden, weight, bias = (leaves.get(name) for name in ("hidden", "weight", "bias"))
     logprobs, entropy = linear_logprobs(
