@@ -267,7 +267,11 @@ def test_units_with_few_effective_traces_are_left_out():
     gated, by_hand = stats(g, ess_B=ess), stats(g[[0, 2, 3, 5]])
     assert (gated.num_units, gated.skipped) == (4, 2)
     assert gated.ess_B.tolist() == [4, 2, 3, 8]
-    assert alpha_star(gated) == alpha_star(by_hand)
+    # The oracle's products of four units and of six are sums in different orders on some CPUs.
+    expected = dataclasses.asdict(alpha_star(by_hand))
+    got = dataclasses.asdict(alpha_star(gated))
+    assert got.pop("mse") == pytest.approx(expected.pop("mse"), rel=1e-12)
+    assert got == pytest.approx(expected, rel=1e-12)
 
 
 def test_dict_round_trip():
