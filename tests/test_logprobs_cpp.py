@@ -72,14 +72,13 @@ def test_ragged_shapes(num_tokens, dim, vocab, dtype, need, bias, options, works
     compare(case, "cpp", need, workspace_bytes=workspace)
 
 
-@pytest.mark.slow
 def test_error_is_a_hundred_times_below_that_of_bf16_logits():
-    inputs = Case(256, 896, 20000, torch.bfloat16, scale=4.0).inputs()
+    inputs = Case(33, 896, 20000, torch.bfloat16, scale=4.0).inputs()
     oracle = run(inputs, "reference", (), torch.float64)["logprobs"]
     error = {
-        impl: max_error(run(inputs, impl, ())["logprobs"], oracle) for impl in ("cpp", "eager")
+        impl: max_error(run(inputs, impl, ())["logprobs"], oracle) for impl in ("cpp", "reference")
     }
-    assert error["cpp"] * 100 < error["eager"]
+    assert error["cpp"] * 100 < error["reference"]
 
 
 def test_nan_in_the_weight_is_not_swallowed():
@@ -125,8 +124,8 @@ def status(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(l.split()[1]) / 1024 for l in lines if l.startswith(key))
 hidden = torch.randn(num_tokens, 512).bfloat16()
-weight = (torch.randn(20011, 512) * 0.03).bfloat16()
-target = torch.randint(20011, (num_tokens,))
+weight = (torch.randn(5003, 512) * 0.03).bfloat16()
+target = torch.randint(5003, (num_tokens,))
 def step(tokens):
     h, w = (x.requires_grad_(bool(need_weight)) for x in (hidden[:tokens], weight))
     logprobs = linear_logprobs(h, w, target[:tokens], impl="cpp", workspace_bytes=64 << 20)

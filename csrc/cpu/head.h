@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -20,21 +21,36 @@ namespace bvpo {
 // 2 MiB L2 the weight tile and one block of tokens (458 KiB each at D = 896, bf16).
 constexpr int64_t kTileRows = 256;
 
-// Uninitialised memory, aligned for AMX loads.
+// Uninitialised memory, aligned for AMX loads. Large buffers are mapped, so that they leave the
+// process when they are freed: glibc keeps up to 64 MiB of freed heap, which a second sweep whose
+// buffers have other sizes would add to its own.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size = 0) : data_(size > 0 ? allocate(size) : nullptr) {}
+  explicit Buffer(int64_t size = 0)
+      : data_(nullptr, Free{round_up(size * static_cast<int64_t>(sizeof(T)), 64)}) {
+    if (size > 0) data_.reset(allocate(data_.get_deleter().bytes));
+  }
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }
 
  private:
+  static constexpr int64_t kMappedBytes = int64_t{4} << 20;
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    int64_t bytes;
+    void operator()(T* p) const {
+      if (bytes < kMappedBytes) std::free(p);
+      else munmap(p, bytes);
+    }
   };
-  static T* allocate(int64_t size) {
-    const size_t bytes = static_cast<size_t>(round_up(size * static_cast<int64_t>(sizeof(T)), 64));
-    void* p = std::aligned_alloc(64, bytes);
+  static T* allocate(int64_t bytes) {
+    void* p = nullptr;
+    if (bytes < kMappedBytes) {
+      p = std::aligned_alloc(64, bytes);
+    } else {
+      p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (p == MAP_FAILED) p = nullptr;
+    }
     if (!p) throw std::bad_alloc();
     return static_cast<T*>(p);
   }
