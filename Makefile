@@ -48,7 +48,8 @@ asan: $(STAMP)  ## run the C++ kernels' tests under the address and undefined-be
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=build/asan \
 		$(VENV)/bin/pytest -q -m "not slow" -k "cpp and not memory" \
-		tests/test_logprobs.py tests/test_logprobs_cpp.py
+		tests/test_logprobs.py tests/test_logprobs_cpp.py tests/test_tail.py \
+		tests/test_grad_stats_cpp.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .
