@@ -26,6 +26,8 @@ MEASURED = ("group", "case", "shape", "dtype", "mode", "device", "row", "metric"
 WHERE = ("threads", "cpu", "cores", "isa", "ram_gib", "gpu", "torch", "python", "bvpo_kernels",
          "commit", "date")  # fmt: skip
 COLUMNS = (*MEASURED, *WHERE)
+# What makes times comparable: a file holds the same case once for each.
+MACHINE = ("threads", "cpu", "isa")
 OK = "ok"
 MISSING = "missing: "
 FAILED = "failed: "
@@ -91,12 +93,24 @@ def environment(threads: int) -> Record:
     }
 
 
-def other_cases(path: Path, cases: Iterable[Case]) -> list[Record]:
-    """The records of a file, if there is one, that are of none of the cases."""
+def _on(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.Series:
+    """Which records were made by the machine, and the number of threads, of `where`."""
+    same = [frame[column].astype(str) == str(where[column]) for column in MACHINE]
+    return pd.concat(same, axis=1).all(axis=1)
+
+
+def of_machine(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
+    """The records that were made by the machine, and the number of threads, of `where`."""
+    return frame[_on(frame, where)]
+
+
+def other_cases(path: Path, cases: Iterable[Case], where: Mapping[str, Any]) -> list[Record]:
+    """The records of a file, if there is one, but for those of the cases on this machine."""
     if not path.exists():
         return []
     frame = read_csv(path)
-    return frame[~frame["case"].isin([case.name for case in cases])].to_dict("records")
+    replaced = frame["case"].isin([case.name for case in cases]) & _on(frame, where)
+    return frame[~replaced].to_dict("records")
 
 
 def in_order(records: Iterable[Record], cases: Sequence[str]) -> list[Record]:
@@ -200,10 +214,15 @@ def _absent(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
-    """One line per case, one column per row: time, ratio to the first row, peak memory.
+    """A table per machine: a line per case, a column per row, with time, ratio and peak memory.
 
     A row that cannot run in any case is left out of the table and named under it.
     """
+    machines = frame.groupby(list(MACHINE), sort=False)
+    return "\n\n".join(_machine_table(measured) for _, measured in machines)
+
+
+def _machine_table(frame: pd.DataFrame) -> str:
     absent = _absent(frame)
     rows = [row for row in frame["row"].unique() if row not in absent]
     lines = []
@@ -217,11 +236,12 @@ def markdown_table(frame: pd.DataFrame) -> str:
     noise = frame.loc[frame["metric"] == "other_load", "value"].max()
     text = [
         tabulate(lines, headers=["case", *rows], tablefmt="github", disable_numparse=True),
-        f"Median seconds per call, time relative to {baseline(frame)}, peak memory above inputs "
+        f"Median time per call, time relative to {baseline(frame)}, peak memory above inputs "
         f"and gradients. {first['cpu']}, {first['cores']} cores ({first['isa']}), "
         f"{first['threads']} threads, {first['ram_gib']} GiB; GPU: {first['gpu']}; torch "
         f"{first['torch']}, Python {first['python']}, bvpo_kernels {first['bvpo_kernels']}, commit "
-        f"{first['commit']}, {first['date']}; other processes took up to {noise:.0f} % of the CPU.",
+        f"{', '.join(frame['commit'].unique())}, {', '.join(frame['date'].unique())}; other "
+        f"processes took up to {noise:.0f} % of the CPU.",
     ]
     if absent:
         text.append("\n".join(f"- {row}: {reason}" for row, reason in absent.items()))

@@ -170,7 +170,8 @@ def run_group(
         threads: CPU threads (default: as torch chooses).
         filter: regular expression on case names; the results of a part go to NAME-part.*.
         rows: regular expression on the names of rows besides the baseline; a part likewise.
-        update: put the results of a part into NAME.* instead, in place of its cases' old ones.
+        update: put the results of a part into NAME.* instead, in place of its cases' old ones on
+            this machine and number of threads; those of others stay.
     """
     cases = select_cases(group, quick, filter)
     group = select_rows(group, rows)
@@ -180,7 +181,7 @@ def run_group(
     suffix = "" if out else ("-quick" if quick else "") + ("-part" if part else "")
     path = (out or records.RESULTS) / f"{group.name}{suffix}.csv"
     where = records.environment(torch.get_num_threads())
-    others = records.other_cases(path, cases) if update else []
+    others = records.other_cases(path, cases, where) if update else []
     found: list[Record] = []
     steps = sum((rounds or case.rounds) * len(group.rows_of(case)) for case in cases)
     with tqdm(total=steps, unit="sample") as bar:
@@ -193,7 +194,7 @@ def run_group(
             records.write_csv(path, records.in_order([*others, *measured], every))
             done += (rounds or case.rounds) * len(group.rows_of(case))
             bar.update(done - bar.n)
-    frame = records.read_csv(path)
+    frame = records.of_machine(records.read_csv(path), where)
     figures = plot.plot_group(group, frame, path)
     print(records.terminal_table(frame))
     noisy = frame.loc[frame["metric"] == "other_load", "value"].astype(float).max()
@@ -209,8 +210,10 @@ def show_table(name: str, out: Path | None = None) -> None:
 
 
 def write_readme() -> None:
-    """Put the results of "peers" into README.md."""
-    readme.put({"peers": readme.mode_tables(records.read_csv(records.RESULTS / "peers.csv"))})
+    """Put the results of "logprobs" and "peers", those that there are, into README.md."""
+    tables = {"logprobs": records.markdown_table, "peers": readme.mode_tables}
+    found = {name: records.RESULTS / f"{name}.csv" for name in tables}
+    readme.put({name: tables[name](records.read_csv(p)) for name, p in found.items() if p.exists()})
 
 
 def _parser(groups: Mapping[str, Group]) -> ArgumentParser:

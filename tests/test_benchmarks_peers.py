@@ -1,5 +1,6 @@
 """Other people's kernels, small: each runs, passes the gate or says why not, and is told apart."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -102,8 +103,15 @@ def test_figures_tables_and_parts(tmp_path):
     with pytest.raises(ValueError, match="expected <!-- nothing -->"):
         readme.put({"nothing": ""}, page)
     changed = Case({"T": 8, "D": 8, "V": 16}, "bfloat16", "trained")
-    kept = records.other_cases(path, [changed])
-    assert len(kept) < len(rows)
+    where = records.environment(1)
+    kept = records.other_cases(path, [changed], where)
+    assert len(kept) == len(records.of_machine(frame, where)) * 3 // 4
+    # What another machine measured stays, and has a table of its own.
+    assert len(records.other_cases(path, [changed], where | {"cpu": "another"})) == len(rows)
+    elsewhere = frame.assign(cpu="another", commit="abc")
+    both = records.markdown_table(pd.concat([frame, elsewhere]))
+    assert both.count("| case") == 2
+    assert "another, " in both.split("| case")[2]
     new = _measured("trained", 8, "naive", 2.0)
     names = ["T=8 D=8 V=16 bf16 trained", "T=16 D=8 V=16 bf16 trained"]
     ordered = records.in_order([*kept, *new], names)
