@@ -12,6 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from train.config import RunConfig
+from train.estimation.config import EstimationConfig
 from train.evaluation.config import EvaluateConfig
 from train.study.config import StudyConfig
 
@@ -22,11 +23,16 @@ COMMANDS = {
     "rank": ("train.rank", "score the answers and write best-worst pairs"),
     "cache-ref": ("train.reference", "compute and store the reference model's scores"),
     "train": ("train.loop", "train with the BVPO loss"),
+    "estimate": ("train.estimation.run", "memory and FLOPs of a step, without weights"),
     "evaluate": ("train.evaluation.run", "answer a benchmark's questions, with scores or files"),
     "study": ("train.study.run", "measure, on a small model, whether a* minimises and helps"),
 }
 # Commands with options of their own; the others share those of `RunConfig`.
-CONFIGS: dict[str, type] = {"evaluate": EvaluateConfig, "study": StudyConfig}
+CONFIGS: dict[str, type] = {
+    "estimate": EstimationConfig,
+    "evaluate": EvaluateConfig,
+    "study": StudyConfig,
+}
 # Options that take no value.
 SWITCHES = {"quick": "small sizes: minutes, and nothing to conclude from"}
 # Set to 1 to see where an error was raised.

@@ -1,0 +1,1 @@
+"""Memory and FLOPs of a step, from a model's configuration alone."""
