@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -33,8 +32,11 @@ CONFIGS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "study": StudyConfig,
 }
-# Options that take no value.
-SWITCHES = {"quick": "small sizes: minutes, and nothing to conclude from"}
+# Options that take no value, of the commands that have them.
+SWITCHES = {
+    "study": {"quick": "small sizes: minutes, and nothing to conclude from"},
+    "train": {"dry_run": "build everything, print what a step takes, stop before the first"},
+}
 # Set to 1 to see where an error was raised.
 DEBUG_VARIABLE = "BVPO_DEBUG"
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
@@ -50,11 +52,10 @@ def build_command_parser(name: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file with these options")
-    config = CONFIGS.get(name, RunConfig)
-    parser.add_class_arguments(config, skip=set(SWITCHES))
-    for switch, text in SWITCHES.items():
-        if switch in {field.name for field in fields(config)}:
-            parser.add_argument(f"--{switch}", action="store_true", help=text)
+    every_switch = {switch for switches in SWITCHES.values() for switch in switches}
+    parser.add_class_arguments(CONFIGS.get(name, RunConfig), skip=every_switch)
+    for switch, text in SWITCHES.get(name, {}).items():
+        parser.add_argument(f"--{switch}", action="store_true", help=text)
     return parser
 
 
@@ -76,7 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     """Command and configuration of a command line; exits with code 2 on one that is malformed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith("--print_config"):
-        arguments = ["train", *arguments]  # most commands share these options
+        arguments = ["rank", *arguments]  # its options are those that most commands share
     parser = build_parser()
     values = parser.instantiate(parser.parse_args(arguments))
     options: Namespace = values[values.command]

@@ -192,9 +192,13 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that a run depends on; it is written into `run_dir` as it was used."""
+    """Everything that a run depends on; it is written into `run_dir` as it was used.
+
+    dry_run: `train` builds everything, reference scores included, and stops before the first step.
+    """
 
     run_dir: str = "runs/run"
+    dry_run: bool = False
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

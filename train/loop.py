@@ -23,6 +23,7 @@ from train import head_memory, parallel, reference, report
 from train.alpha import build_alpha, build_stats, kind_scale
 from train.config import OptimConfig, RunConfig
 from train.data import MicroBatch, Step, StepPlan, load_units
+from train.dry_run import planned
 from train.evaluate import MetricSum, Objective, evaluate
 from train.export import save_model
 from train.files import replace_file
@@ -291,7 +292,8 @@ def _non_finite_loss(result: BVPOLoss, micro: MicroBatch) -> list[str]:
 def run(cfg: RunConfig) -> None:
     """`train`: from the configuration to the final model and its report in `run_dir`."""
     run_dir = Path(cfg.run_dir)
-    settings = yaml.safe_dump(asdict(cfg), sort_keys=False)
+    fields = {name: value for name, value in asdict(cfg).items() if name != "dry_run"}
+    settings = yaml.safe_dump(fields, sort_keys=False)
     with parallel.start(cfg.parallel) as world:
         if world.is_main:
             replace_file(
@@ -300,4 +302,8 @@ def run(cfg: RunConfig) -> None:
         torch.manual_seed(cfg.seed)
         train_units, held_out = load_units(cfg)
         policy, tokenizer = build_policy(cfg, world)
-        Trainer(cfg, policy, tokenizer, train_units, held_out, world).run()
+        trainer = Trainer(cfg, policy, tokenizer, train_units, held_out, world)
+        if not cfg.dry_run:
+            trainer.run()
+        elif world.is_main:
+            print(planned(trainer))

@@ -254,6 +254,23 @@ def test_written_configuration_is_read_back(tmp_path, monkeypatch):
     assert read == cfg
 
 
+def test_dry_run_builds_everything_and_stops_before_the_first_step(tmp_path, monkeypatch, capsys):
+    cfg = make_cfg(tmp_path, units_per_step=2)
+    cfg.train.holdout, cfg.dry_run = 0.0, True
+    policy = FusedHeadLM(tiny_model())
+    before = parameters(policy)
+    monkeypatch.setattr(loop, "load_units", lambda cfg: (make_units(7), make_units(1, seed=5)))
+    monkeypatch.setattr(loop, "build_policy", lambda cfg, world: (policy, None))
+    loop.run(cfg)
+    said = capsys.readouterr().out
+    assert "3 steps of 2 units from 7, 1 held out, on 1 rank(s)" in said
+    size = sum(p.numel() for p in policy.parameters()) * 4 / 2**30
+    assert f"parameters on this rank {size:.3f} GiB, estimated {size:.3f}" in said
+    assert all(torch.equal(value, before[name]) for name, value in parameters(policy).items())
+    assert (tmp_path / "reference.safetensors").exists()
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 def test_overfits_four_pairs(tmp_path):
     cfg = make_cfg(tmp_path, max_steps=25, tokens_per_micro_batch=400)
     cfg.optim.lr, cfg.loss.beta = 5e-3, 0.5
