@@ -89,12 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the user's errors become one line on stderr and exit code 2."""
     command, cfg = parse(arguments)
     try:
-        stage = importlib.import_module(COMMANDS[command][0])
         if hasattr(cfg, "model"):
-            from train.models import with_compute_dtype
+            from train.devices import with_compute_dtype  # `--help` must not wait for torch
 
             cfg.model = with_compute_dtype(cfg.model)
-        stage.run(cfg)
+        importlib.import_module(COMMANDS[command][0]).run(cfg)
     except USER_ERRORS as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise

@@ -7,7 +7,6 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,18 +87,6 @@ def readable_errors(argument: str, name: str) -> Iterator[None]:
             f"{argument}: expected a folder or hub id that transformers can load, got {name!r}: "
             f"{reason[:300]}"
         ) from error
-
-
-def with_compute_dtype(cfg: ModelConfig) -> ModelConfig:
-    """The same with "auto" replaced by what this machine computes fast.
-
-    A CPU without bf16 instructions emulates them: torch's GEMM was 4 to 5 times slower in bf16 than
-    in fp32 on two cores with AVX2 alone (8 against 45 GFLOP/s, [1024, 576] x [576, 1536]).
-    """
-    if cfg.compute_dtype != "auto":
-        return cfg
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return replace(cfg, compute_dtype="bfloat16" if fast else "float32")
 
 
 def load_tokenizer(cfg: ModelConfig) -> Any:

@@ -8,11 +8,11 @@ from transformers.utils import logging as transformers_logging
 
 from train import models, sample
 from train.config import ModelConfig, SampleConfig
+from train.devices import with_compute_dtype
 from train.models import (
     load_model,
     load_tokenizer,
     tokenizer_fingerprint,
-    with_compute_dtype,
 )
 from train.modes import KIND_OF_MODE, build_prompts
 from train.prompts import Prompt
