@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test trl asan lint aot bench pairs clean
+.PHONY: help install demo study test trl consumers asan lint aot bench pairs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -40,6 +40,19 @@ test: $(STAMP)  ## run the tests
 trl: $(STAMP)  ## run TRL's tests with the oldest version that is served (`make test` has the newest)
 	$(PIP) install -q --no-deps --upgrade --target build/trl-oldest 'trl==1.15.*'
 	PYTHONPATH=build/trl-oldest $(PY) -m pytest -q tests/train/test_integrations_trl.py
+
+# An environment that sees the one above. lighteval lies apart: it wants an older latex2sympy2 than
+# math-verify does.
+consumers: $(STAMP)  ## run alpaca-eval's, lm-eval's and lighteval's own code on what `evaluate` makes
+	test -x build/consumers/bin/python || $(PYTHON) -m venv build/consumers
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(build/consumers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
+	build/consumers/bin/python -m pip install -q -r tests/train/consumers.txt
+	build/consumers/bin/python -m pip install -q --no-deps --upgrade --target build/lighteval \
+		lighteval==0.13.0 latex2sympy2_extended==1.0.6
+	build/consumers/bin/python -m pytest -q tests/train/test_evaluation_consumers.py -k "not lighteval"
+	PYTHONPATH=build/lighteval build/consumers/bin/python -m pytest -q \
+		tests/train/test_evaluation_consumers.py -k lighteval
 
 # A build of its own in build/asan; `pytest`, unlike `python -m pytest`, leaves the checkout out of
 # the path. Leaks are off: the interpreter itself never frees everything.

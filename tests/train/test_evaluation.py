@@ -58,15 +58,6 @@ def test_alpaca_eval_file(tmp_path):
     assert set(frame["dataset"]) == {"selfinstruct"}
 
 
-def test_alpaca_eval_reads_the_file_itself(tmp_path):
-    utils = pytest.importorskip("alpaca_eval.utils", exc_type=ImportError)
-    path = writers.write_answers("alpaca_eval_2", answers(*ALPACA), "tiny", tmp_path)
-    frame = utils.load_or_convert_to_dataframe(path)
-    assert utils.get_generator_name(None, frame) == "tiny"
-    assert int(frame["output"].str.len().mean()) == len(TEXT)
-    assert utils.convert_to_dataframe(json.loads(path.read_text())).equals(frame)
-
-
 def test_arena_hard_v01_file(tmp_path):
     questions = [{"question_id": f"q{n}", "turns": [{"content": "?"}]} for n in range(2)]
     path = writers.write_answers("arena_hard_v0.1", answers(*questions), "tiny", tmp_path)
