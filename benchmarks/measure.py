@@ -44,6 +44,7 @@ class Timing:
     low: float
     high: float
     ratio: float | None
+    rounds: int
 
 
 def synchronize(device: str) -> None:
@@ -101,6 +102,7 @@ def summarize(times: Mapping[str, Sequence[float]], baseline: str) -> dict[str, 
         name: Timing(
             statistics.median(row), min(row), max(row),
             statistics.median(t / b for t, b in zip(row, base, strict=True)) if base else None,
+            len(row),
         )
         for name, row in times.items()
     }  # fmt: skip

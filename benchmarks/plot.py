@@ -91,44 +91,53 @@ def plot_group(group: Group, frame: pd.DataFrame, path: Path) -> list[Path]:
 
 
 def plot_against_tokens(frame: pd.DataFrame, metric: str, path: Path) -> None:
-    """One metric against T on logarithmic axes: a panel per mode, a line per row."""
+    """One metric against T on logarithmic axes: a panel per mode and dtype, a line per row."""
     points = _over_tokens(frame, metric)
     counts = points.groupby("mode", sort=False)["T"].nunique()
     modes = [mode for mode in points["mode"].unique() if counts[mode] > 1] or list(counts.index)
+    dtypes = list(points["dtype"].unique())
     colors, labels = _colors(frame), {"time": "seconds", "peak_memory": "MiB above inputs"}
+    shape = max(len(dtypes), 1), max(len(modes), 1)
     figure, axes = plt.subplots(
-        1, max(len(modes), 1), figsize=(3.4 * len(modes) + 1, 4), layout="constrained",
-        squeeze=False,
+        *shape, figsize=(2.8 * shape[1] + 1, 2.6 * shape[0] + 1.2), layout="constrained",
+        squeeze=False, sharex="col", sharey="row",
     )  # fmt: skip
-    for panel, mode in zip(axes[0], modes, strict=False):
-        of_mode = points[points["mode"] == mode]
-        for row, line in of_mode.groupby("row", sort=False):
-            line = line.sort_values("T")
-            ours = row == OURS
-            panel.plot(
-                line["T"], line["value"].astype(float).clip(lower=1e-3 if metric == "time" else 1),
-                marker="o", color="black" if ours else colors[row], label=row,
-                linewidth=2.5 if ours else 1.2,
-            )  # fmt: skip
-        tokens = sorted(of_mode["T"].unique())
+    for across, dtype in zip(axes, dtypes, strict=False):
+        for panel, mode in zip(across, modes, strict=False):
+            of_panel = points[(points["mode"] == mode) & (points["dtype"] == dtype)]
+            _token_lines(panel, of_panel, metric, colors)
+            panel.set_title(f"{mode}, {dtype}", fontsize=9)
+        across[0].set_ylabel(labels.get(metric, metric))
+    for panel, mode in zip(axes[-1], modes, strict=False):
+        tokens = sorted(points.loc[points["mode"] == mode, "T"].unique())
         panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
         panel.set_xticks(tokens, [str(int(count)) for count in tokens])
-        panel.set_title(mode, fontsize=9)
         panel.set_xlabel("T (tokens)")
-        panel.grid(alpha=0.3)
-    axes[0][0].set_ylabel(labels.get(metric, metric))
     found: dict[str, Artist] = {}
-    for panel in axes[0]:
+    for panel in axes.flat:
         found |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     columns = min(2 * len(modes), 5)
     figure.legend(
         found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=7
     )
     first = frame.iloc[0]
-    sizes = ", ".join(points["others"].unique())
+    sizes = ", ".join(dict.fromkeys(points["others"].str.rpartition(" ")[0]))
     figure.suptitle(f"{first['cpu']}, {first['threads']} threads: {sizes}", fontsize=8)
     _save(figure, path)
+
+
+def _token_lines(panel: Axes, points: pd.DataFrame, metric: str, colors: dict[str, str]) -> None:
+    """A line per row; the smallest values are cut, so that 0 MiB has a place on the axis."""
+    for row, line in points.groupby("row", sort=False):
+        line = line.sort_values("T")
+        ours = row == OURS
+        panel.plot(
+            line["T"], line["value"].astype(float).clip(lower=1e-3 if metric == "time" else 1),
+            marker="o", color="black" if ours else colors[row], label=row,
+            linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2,
+        )  # fmt: skip
+    panel.set_yscale("log")
+    panel.grid(alpha=0.3)
 
 
 def _save(figure: Figure, path: Path) -> None:

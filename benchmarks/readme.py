@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 from tabulate import tabulate
 
 from benchmarks import records
+from benchmarks.plot import OURS
 
 README = records.ROOT / "README.md"
 # Error columns of the table: the outputs whose relative errors they show, of which a row has one.
@@ -20,14 +21,36 @@ _ERRORS = {
     "dW": ("dweight",),
     "gram": ("gram",),
 }
+# Of these the verdicts speak.
+_JUDGED = ("logp", "gram")
+_FIGURES = {"time": "time", "peak_memory": "memory"}
+
+
+def cases(frame: pd.DataFrame) -> str:
+    """A line per case, a column per row that was timed in one of them."""
+    timed = frame.loc[frame["metric"] == "time", "row"].unique()
+    return records.markdown_table(frame[frame["row"].isin(timed)])
+
+
+def peers(frame: pd.DataFrame, stem: str = "benchmarks/results/peers") -> str:
+    """What the group "peers" shows: the two figures; per machine verdicts and a table per mode."""
+    parts = [f"![{title} against T]({stem}-{name}.png)" for name, title in _FIGURES.items()]
+    for _, of_machine in frame.groupby(list(records.MACHINE), sort=False):
+        parts += [_where(of_machine), "\n".join(verdicts(of_machine)), mode_tables(of_machine)]
+    return "\n\n".join(parts)
 
 
 def mode_tables(frame: pd.DataFrame) -> str:
-    """Per mode, its case with most tokens: a line per row, with times, memory and errors."""
+    """Per dtype and mode, a line per row of the case with most tokens that others were timed at.
+
+    Cases beyond that one are a sentence each.
+    """
     blocks = []
-    for mode, of_mode in frame.groupby("mode", sort=False):
+    for kind, of_mode in frame.groupby(_kinds(frame), sort=False):
         sizes = {case: records.shape_of(shape) for case, shape in of_mode[["case", "shape"]].values}
-        case = max(sizes, key=lambda name: sizes[name].get("T", 0))
+        ordered = sorted(sizes, key=lambda name: sizes[name].get("T", 0))
+        compared = [case for case in ordered if len(_timed(of_mode, case)) > 1]
+        case = (compared or ordered)[-1]
         lines = [
             _line(str(row), of_row)
             for row, of_row in of_mode[of_mode["case"] == case].groupby("row", sort=False)
@@ -38,9 +61,82 @@ def mode_tables(frame: pd.DataFrame) -> str:
             [[line[n] for n in used] for line in lines], headers=[headers[n] for n in used],
             tablefmt="github", disable_numparse=True,
         )  # fmt: skip
-        size = case.removesuffix(str(mode)).strip()
-        blocks.append(f"**{mode}**, {size}:\n\n{table}")
-    return "\n\n".join([*blocks, _where(frame)])
+        size = case.removesuffix(str(kind)).strip()
+        blocks.append(f"**{kind}**, {size}:\n\n{table}")
+        beyond = ordered[ordered.index(case) + 1 :]
+        blocks += [_sentence(of_mode[of_mode["case"] == name]) for name in beyond]
+    return "\n\n".join(blocks)
+
+
+def _kinds(frame: pd.DataFrame) -> list[str]:
+    """A case's name without its sizes: dtype and mode."""
+    pairs = zip(frame["case"], frame["shape"], strict=True)
+    return [case.removeprefix(shape).strip() for case, shape in pairs]
+
+
+def _sentence(of_case: pd.DataFrame) -> str:
+    """One line for a case: who was timed, and what each of the others says."""
+    parts = []
+    for row, of_row in of_case.groupby("row", sort=False):
+        metrics, state = records.values(of_row), records.status(of_row)
+        if "time" in metrics:
+            state = f"{metrics['time']:.1f} s"
+            if "peak_memory" in metrics:
+                state += f", {metrics['peak_memory']:.0f} MiB"
+        parts.append(f"{row}: {state}")
+    return f"{of_case['case'].iloc[0]}: {'; '.join(parts)}."
+
+
+def _timed(frame: pd.DataFrame, case: str) -> dict[str, dict[str, float]]:
+    """Row -> its numbers, of the rows of a case that were timed."""
+    rows = frame[frame["case"] == case].groupby("row", sort=False)
+    numbers = {str(row): records.values(of_row) for row, of_row in rows}
+    return {row: found for row, found in numbers.items() if "time" in found}
+
+
+def verdicts(frame: pd.DataFrame) -> list[str]:
+    """Per dtype and mode, ours against the best other row, over all cases.
+
+    The best one may be another for time, for memory and for the error; naive is among them.
+    """
+    lines = []
+    for kind, of_mode in frame.groupby(_kinds(frame), sort=False):
+        cases = [_timed(of_mode, str(case)) for case in of_mode["case"].unique()]
+        cases = [rows for rows in cases if OURS in rows and len(rows) > 1]
+        parts = [_compare(cases, "time", "faster than every other row", "time")]
+        parts.append(_compare(cases, "peak_memory", "leanest", "memory"))
+        for name, outputs in _ERRORS.items():
+            if name in _JUDGED:
+                parts += [_compare(cases, f"relative_error:{o}", "closest to fp64", f"{name} error")
+                          for o in outputs]  # fmt: skip
+        if said := [part for part in parts if part]:
+            lines.append(f"- **{kind}**: {'; '.join(said)}.")
+    return lines
+
+
+def _compare(
+    cases: Sequence[Mapping[str, Mapping[str, float]]], metric: str, best: str, what: str
+) -> str:
+    """One quantity of ours as a share of that of the best other row; '' where nobody has it."""
+    shares: dict[str, list[float]] = {}
+    for rows in cases:
+        have = {row: found[metric] for row, found in rows.items() if metric in found}
+        ours = have.pop(OURS, None)
+        if ours is None or not have:
+            continue
+        rival = min(have, key=lambda row: have[row])
+        if have[rival] > 0:
+            shares.setdefault(rival, []).append(ours / have[rival])
+    if not shares:
+        return ""
+    said = ", ".join(f"{_span(found)} of {rival}'s" for rival, found in shares.items())
+    first = max(max(found) for found in shares.values()) < 1
+    return f"{best}, {what} {said}" if first else f"not the best everywhere in {what}: {said}"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = (f"{value:.2g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _line(row: str, of_row: pd.DataFrame) -> list[str]:
@@ -64,11 +160,14 @@ def _line(row: str, of_row: pd.DataFrame) -> list[str]:
 def _where(frame: pd.DataFrame) -> str:
     first = frame.iloc[0]
     noise = frame.loc[frame["metric"] == "other_load", "value"].max()
+    rounds = frame.loc[frame["metric"] == "rounds", "value"]
+    runs = "interleaved runs" if rounds.empty else f"{_span(rounds)} interleaved runs"
     return (
-        f"Medians of interleaved runs in one process; peak memory above inputs and gradients; "
+        f"Medians of {runs} in one process; peak memory above inputs and gradients; "
         f"errors relative to fp64 (Euclidean). {first['cpu']} ({first['isa']}), "
         f"{first['threads']} of {first['cores']} cores, torch {first['torch']}, commit "
-        f"{first['commit']}, {first['date']}; other processes took up to {noise:.0f} % of the CPU."
+        f"{', '.join(frame['commit'].unique())}, {', '.join(frame['date'].unique())}; other "
+        f"processes took up to {noise:.0f} % of the CPU."
     )
 
 

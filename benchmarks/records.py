@@ -93,6 +93,11 @@ def environment(threads: int) -> Record:
     }
 
 
+def is_machine(entry: Record, where: Mapping[str, Any]) -> bool:
+    """Whether a record was made by the machine, and the number of threads, of `where`."""
+    return all(str(entry[column]) == str(where[column]) for column in MACHINE)
+
+
 def _on(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.Series:
     """Which records were made by the machine, and the number of threads, of `where`."""
     same = [frame[column].astype(str) == str(where[column]) for column in MACHINE]

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from benchmarks import measure, plot, readme, records, registry, verify
@@ -22,6 +23,7 @@ from benchmarks.registry import Call, Case, Gate, Group, Row
 
 # Above this share of the machine in other hands, a time is said to be noisy.
 NOISY_PERCENT = 5.0
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass
@@ -40,11 +42,31 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def admit(row: Row, case: Case, inputs: Any, gate: Gate) -> Candidate:
+def too_long(row: Row, case: Case, found: Sequence[Record], longest: float | None) -> str:
+    """Why a row is not started: at its time per token so far a call would outlast `longest` s."""
+    tokens = case.shape.get("T")
+    if longest is None or tokens is None:
+        return ""
+    times = {
+        records.shape_of(r["shape"])["T"]: r["value"]
+        for r in found
+        if (r["row"], r["mode"], r["dtype"], r["metric"])
+        == (row.name, case.mode, case.dtype, "time")
+    }
+    if not times:
+        return ""
+    measured = max(times)
+    expected = times[measured] * tokens / measured
+    if expected <= longest:
+        return ""
+    return f"about {expected:.0f} s a call, by its time at T={measured}; the limit is {longest:g} s"
+
+
+def admit(row: Row, case: Case, inputs: Any, gate: Gate, refused: str = "") -> Candidate:
     """Run a row once on the gate's inputs; a peer that fails is a row that says why."""
     if missing := row.missing(case):
         return Candidate(row, f"{records.MISSING}{missing}")
-    if refused := measure.refusal(row.predicted_bytes(case), case.device):
+    if refused := measure.refusal(row.predicted_bytes(case), case.device) or refused:
         return Candidate(row, f"{records.REFUSED}{refused}")
     try:
         start = time.perf_counter()
@@ -73,11 +95,15 @@ def _peak(group: Group, case: Case, row: Row) -> tuple[int | None, str]:
         return None, _reason(error)
 
 
-def run_case(group: Group, case: Case, rounds: int | None, bar: tqdm) -> list[Record]:
-    """All rows of one case: gate, interleaved times, memory; as records."""
+def run_case(
+    group: Group, case: Case, rounds: int | None, bar: tqdm, refused: Mapping[str, str] = NOTHING
+) -> list[Record]:
+    """All rows of one case: gate, interleaved times, memory; as records. `refused`: why, by row."""
     inputs = group.make_inputs(case)
     gate = group.gate(case, inputs)
-    candidates = [admit(row, case, inputs, gate) for row in group.rows_of(case)]
+    candidates = [
+        admit(row, case, inputs, gate, refused.get(row.name, "")) for row in group.rows_of(case)
+    ]
     del gate
     gc.collect()
     calls = {c.row.name: c.call for c in candidates if c.call is not None}
@@ -120,6 +146,7 @@ def _records(
             make("time", timing.median, "s"),
             make("time_low", timing.low, "s"),
             make("time_high", timing.high, "s"),
+            make("rounds", timing.rounds, ""),
             make("other_load", other_load, "%"),
         ]
         if timing.ratio is not None:
@@ -159,6 +186,7 @@ def run_group(
     filter: str | None = None,
     rows: str | None = None,
     update: bool = False,
+    longest: float | None = None,
 ) -> Path:
     """Measure a group; returns the path of the CSV, beside which the PNG lies.
 
@@ -172,6 +200,8 @@ def run_group(
         rows: regular expression on the names of rows besides the baseline; a part likewise.
         update: put the results of a part into NAME.* instead, in place of its cases' old ones on
             this machine and number of threads; those of others stay.
+        longest: seconds of a call; a row that, by its time at fewer tokens in the same mode, would
+            take longer is not started, and says so.
     """
     cases = select_cases(group, quick, filter)
     group = select_rows(group, rows)
@@ -182,13 +212,16 @@ def run_group(
     path = (out or records.RESULTS) / f"{group.name}{suffix}.csv"
     where = records.environment(torch.get_num_threads())
     others = records.other_cases(path, cases, where) if update else []
+    earlier = [entry for entry in others if records.is_machine(entry, where)]
     found: list[Record] = []
     steps = sum((rounds or case.rounds) * len(group.rows_of(case)) for case in cases)
     with tqdm(total=steps, unit="sample") as bar:
         done = 0
         for case in cases:
             bar.set_description(case.name)
-            found += run_case(group, case, rounds, bar)
+            known = [*earlier, *found]
+            refused = {row.name: too_long(row, case, known, longest) for row in group.rows_of(case)}
+            found += run_case(group, case, rounds, bar, refused)
             measured = [{**entry, **where} for entry in found]
             every = [case.name for case in (group.quick if quick else group.cases)]
             records.write_csv(path, records.in_order([*others, *measured], every))
@@ -211,7 +244,7 @@ def show_table(name: str, out: Path | None = None) -> None:
 
 def write_readme() -> None:
     """Put the results of "logprobs" and "peers", those that there are, into README.md."""
-    tables = {"logprobs": records.markdown_table, "peers": readme.mode_tables}
+    tables = {"logprobs": readme.cases, "peers": readme.peers}
     found = {name: records.RESULTS / f"{name}.csv" for name in tables}
     readme.put({name: tables[name](records.read_csv(p)) for name, p in found.items() if p.exists()})
 
@@ -232,6 +265,7 @@ def _parser(groups: Mapping[str, Group]) -> ArgumentParser:
         add("--filter", help="regular expression on case names; written to NAME-part.*")
         add("--rows", help="regular expression on rows' names; written to NAME-part.*")
         add("--update", action="store_true", help="write a part into NAME.*, among other cases")
+        add("--longest", type=PositiveFloat, help="seconds of a call that is still worth timing")
         commands.add_subcommand(name, command, help=group.title)
     table = ArgumentParser(description="Print NAME.csv as a Markdown table.")
     table.add_argument("name", metavar="NAME", help="a group, or a group and suffix: NAME-quick")
