@@ -9,6 +9,8 @@ ranked by a fixed order of the answers. Given its answer y, the trace of a sampl
 the reference model's posterior q(r | x, y). Kinds: the DPO gradient on (r+, y+) against (r-, y-);
 the one with the trace empty; the one on log pi(y+ | x) against log pi(y- | x), the truth.
 
+A further estimator, "short", has traces cut after their first letter.
+
 Suffixes: X prompts, R traces, Y answers, C cells (a prompt and a pair of answers), N trained
 parameters, D coordinates, K kinds, B units, S batches.
 """
@@ -30,8 +32,10 @@ from train.alpha import kind_scale
 from train.head import FusedHeadLM
 
 KINDS = (TRACE, EMPTY, MARGINAL)
+SHORT = "short"
 PROMPTS, OPEN, CLOSE, LETTERS, ANSWERS = (0, 1, 2, 3), 4, 5, (6, 7, 8), (9, 10, 11)
 TRACES = [*itertools.product(LETTERS), *itertools.product(LETTERS, repeat=2)]
+CUT = [TRACES.index(trace[:1]) for trace in TRACES]
 # Cells (prompt, better answer, worse answer), answers as indices: the order is turned by x.
 CELLS = [
     (x, better, worse)
@@ -99,6 +103,18 @@ class Population:
         shape = self.trace_CRRD.shape
         fixed = [part[:, None, None].expand(shape) for part in (self.empty_CD, self.marginal_CD)]
         return torch.stack([self.trace_CRRD, *fixed], dim=3).flatten(0, 2)
+
+    def shortened(self) -> Tensor:
+        """[units that can occur, D], of the kind "short"."""
+        return self.trace_CRRD[:, CUT][:, :, CUT].flatten(0, 2)
+
+    def error_matrix(self, gradients_UKD: Tensor, batch_size: int) -> Tensor:
+        """M of E |sum_k w_k k_bar - mu_m|^2 = w^T M w, for w that sum to one, over all units."""
+        weight_U, marginal_UD = self.probability_CRR.flatten(), self.gradients()[:, 2]
+        mean_KD = torch.einsum("u,ukd->kd", weight_U, gradients_UKD)
+        centred, bias_KD = gradients_UKD - mean_KD, mean_KD - weight_U @ marginal_UD
+        noise_KK = torch.einsum("u,ukd,uld->kl", weight_U, centred, centred)
+        return bias_KD @ bias_KD.T + noise_KK / batch_size
 
     def moments(self, units: int) -> Moments:
         """<mu_k, mu_l>, tr S_kl and its part within a cell, by summing over all units."""
@@ -183,6 +199,7 @@ def unit(index: int, name: str, kinds: Sequence[str] = KINDS[:2]) -> Unit:
     pairs = {
         TRACE: [traced(int(one), int(other))],
         EMPTY: [TokenPair([x, OPEN, CLOSE], [ANSWERS[better]], [ANSWERS[worse]])],
+        SHORT: [traced(CUT[one], CUT[other])],
         MARGINAL: [traced(r, r) for r in range(len(TRACES))],
     }
     return Unit(name, {kind: pairs[kind] for kind in kinds})
@@ -197,7 +214,9 @@ def scores(policy: FusedHeadLM, batch: PackedBatch) -> Tensor:
     return segment_sum(policy(batch), batch.cu_seqlens)
 
 
-def backward(policy: FusedHeadLM, reference: FusedHeadLM, batch: PackedBatch, alpha: float) -> None:
+def backward(
+    policy: FusedHeadLM, reference: FusedHeadLM, batch: PackedBatch, alpha: float | dict[str, float]
+) -> None:
     """One step's backward, as the training loop has it."""
     with torch.no_grad():
         ref_S = scores(reference, batch)
@@ -220,6 +239,22 @@ def measure(
     batch, count = pack(units(index_B)), len(index_B)
     with stats.collect(batch, kind_scale(alpha, count)):
         backward(policy, reference, batch, alpha)
+    return stats.result()
+
+
+def measure_mixture(
+    stats: GradStats,
+    policy: FusedHeadLM,
+    reference: FusedHeadLM,
+    index_B: Tensor,
+    weights: dict[str, float],
+) -> StepStats:
+    """What `GradStats` sees of a step along a mixture of any kinds."""
+    kinds = tuple(weights)
+    batch = pack(units(index_B, kinds), kinds=kinds)
+    policy.zero_grad()
+    with stats.collect(batch, {kind: w / len(index_B) for kind, w in weights.items()}):
+        backward(policy, reference, batch, weights)
     return stats.result()
 
 

@@ -97,12 +97,15 @@ def without_rows(step):
     return StepStats.from_dict(state)
 
 
-def many_stats(gradients_RBKD, kinds=KINDS):
-    """One StepStats per repetition R; the products are formed for all at once."""
+def many_stats(gradients_RBKD, kinds=KINDS, with_rows=True):
+    """One StepStats per repetition R; the products are formed for all at once.
+
+    Without rows there is no jackknife, which is most of what taking in a step costs.
+    """
     rows = torch.einsum("rbkd,rld->rbkl", gradients_RBKD, gradients_RBKD.sum(1))
     own = torch.einsum("rbkd,rbld->rbkl", gradients_RBKD, gradients_RBKD)
     return [
-        StepStats(kinds, gram_BKK, rows_BKK.sum(0), rows_BKK)
+        StepStats(kinds, gram_BKK, rows_BKK.sum(0), rows_BKK if with_rows else None)
         for gram_BKK, rows_BKK in zip(own, rows, strict=True)
     ]
 

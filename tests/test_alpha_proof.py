@@ -21,7 +21,13 @@ import torch
 
 from bvpo_kernels import EMPTY, TRACE
 from bvpo_kernels.grad_stats import GradStats
-from bvpo_kernels.mixing import MARGINAL, AlphaEstimator, StepStats, alpha_star
+from bvpo_kernels.mixing import (
+    MARGINAL,
+    AlphaEstimator,
+    StepStats,
+    alpha_star,
+    mixing_weights,
+)
 from train.head import FusedHeadLM
 
 BATCH = 8
@@ -101,9 +107,9 @@ def estimator(reference: str = TRACE, confidence: float = 0.999) -> AlphaEstimat
 
 
 def averaged(gradients_SBKD: torch.Tensor, reference: str = TRACE, **options) -> AlphaEstimator:
-    """An estimator after as many steps as there are batches."""
+    """An estimator after as many steps as there are batches, ten or more: no rows are needed."""
     made = estimator(reference, **options)
-    for step in mixing_cases.many_stats(gradients_SBKD, cases.KINDS):
+    for step in mixing_cases.many_stats(gradients_SBKD, cases.KINDS, with_rows=False):
         made.update(step)
     return made
 
@@ -255,6 +261,41 @@ def test_variance_given_the_data(start):
     assert variance.item() == pytest.approx(alpha**2 * of_trace.item(), rel=1e-9)
     expected_D = alpha * population.marginal_CD[cell] + (1 - alpha) * population.empty_CD[cell]
     assert (mean_N @ population.rotation_ND - expected_D).norm() <= 1e-9 * expected_D.norm()
+
+
+def test_three_estimators(start):
+    """Traces, cut traces and none: measured, mixed and stepped along as data, not as code.
+
+    The truth is the best of all mixtures on a grid of the simplex, by the enumerated gradients.
+    """
+    weights = {TRACE: 0.5, cases.SHORT: 0.2, EMPTY: 0.3}
+    trace_UD, empty_UD, _ = start.population.gradients().unbind(1)
+    gradients_UKD = torch.stack([trace_UD, start.population.shortened(), empty_UD], 1)
+    stats, averages = GradStats(start.policy, cross="none"), estimator()
+    for _ in range(64):
+        index_B = start.population.draw(BATCH)
+        step = cases.measure_mixture(stats, start.policy, start.reference, index_B, weights)
+        assert_measured(step, gradients_UKD[index_B])
+        averages.update(step)
+    step_N = torch.cat([p.grad.flatten() for p in start.policy.parameters()])
+    weight_K = torch.tensor([*weights.values()], dtype=torch.float64)
+    expected = weight_K @ gradients_UKD[index_B].mean(0)
+    assert (step_N @ start.population.rotation_ND - expected).norm() <= 1e-9 * expected.norm()
+
+    exact_KK = start.population.error_matrix(gradients_UKD, BATCH)
+    grid = torch.linspace(0, 1, 101, dtype=torch.float64)
+    mixtures = torch.cartesian_prod(grid, grid)
+    mixtures = torch.cat([mixtures, 1 - mixtures.sum(1, keepdim=True)], 1)
+    mixtures = mixtures[mixtures[:, 2] > -1e-9]
+    errors = torch.einsum("mk,kl,ml->m", mixtures, exact_KK, mixtures)
+    best = mixing_weights(averages.moments())
+    found = torch.tensor([best.weights[kind] for kind in weights], dtype=torch.float64)
+    assert set(best.weights) == set(weights)
+    assert found @ exact_KK @ found <= 1.03 * errors.min()
+    assert best.mse == pytest.approx((found @ exact_KK @ found).item(), rel=0.2)
+    # A third kind is worth something here, or the test would not see it left out.
+    pairs = errors[(mixtures[:, 1].abs() < 1e-9)].min()
+    assert errors.min() < 0.98 * pairs
 
 
 @pytest.mark.parametrize("other", [2, 4, 16, 32])

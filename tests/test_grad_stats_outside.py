@@ -1,5 +1,6 @@
 """Statistics against other people's per-sample gradients, LoRA of peft, and two ranks."""
 
+import copy
 import os
 
 import grad_stats_cases as cases
@@ -14,6 +15,7 @@ from bvpo_kernels.grad_stats import GradStats
 from train.head import FusedHeadLM
 
 LENGTH, SAMPLES = 11, 6
+CROSS = ("sketch", "exact")
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +90,43 @@ def test_vmap():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen3", False)])
+def test_vmap_of_a_transformer(family, tied):
+    """Logits, DPO and all under vmap(grad); pairs of equal lengths, which is what vmap stacks.
+
+    transformers' eager attention, which vmap can batch, takes its softmax in fp32: hence not 1e-10.
+    """
+    model, prompt, length = cases.model(family, tied=tied), 3, 9
+    generator = torch.Generator().manual_seed(4)
+    ids_N2L = torch.randint(0, cases.VOCAB, (SAMPLES, 2, length), generator=generator)
+    ids_N2L[:, 1, :prompt] = ids_N2L[:, 0, :prompt]
+    plain = copy.deepcopy(model)
+    plain.config._attn_implementation = "eager"
+    low = torch.finfo(torch.float64).min
+    mask = torch.full((1, 1, length, length), low, dtype=torch.float64).triu(1)
+    common = {
+        "attention_mask": mask, "position_ids": torch.arange(length)[None], "use_cache": False
+    }  # fmt: skip
+
+    def one(parameters, ids_2L):
+        logits = functional_call(plain, parameters, (), {"input_ids": ids_2L, **common}).logits
+        logp = logits[:, prompt - 1 : -1].log_softmax(-1).gather(2, ids_2L[:, prompt:, None])
+        score_2 = logp.sum((1, 2))
+        ratio_2 = score_2 - 0.9 * score_2.detach()
+        return -nn.functional.logsigmoid(0.7 * (ratio_2[0] - ratio_2[1]))
+
+    parameters = {name: p.detach() for name, p in plain.named_parameters()}
+    per_sample = vmap(grad(one), in_dims=(None, 0))(parameters, ids_N2L)
+    pairs = [
+        TokenPair(*(ids.tolist() for ids in (one[:prompt], one[prompt:], other[prompt:])))
+        for one, other in ids_N2L
+    ]
+    units = [Unit(str(n), {TRACE: [pairs[2 * n]], EMPTY: [pairs[2 * n + 1]]}) for n in range(3)]
+    measured = cases.measure(FusedHeadLM(model), [units]).gram_BKK
+    expected = gram_of_samples(list(per_sample.values()))
+    torch.testing.assert_close(measured, expected, rtol=1e-6, atol=1e-7 * expected.max().item())
+
+
 def test_opacus():
     pytest.importorskip("opacus", reason="opacus is not installed")
     from opacus.grad_sample import GradSampleModule
@@ -101,7 +140,7 @@ def test_opacus():
     torch.testing.assert_close(gram_of_samples(per_sample), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("cross", ["sketch", "exact"])
+@pytest.mark.parametrize("cross", CROSS)
 def test_lora(cross):
     """Adapters of the attention and the MLP, a trained bias and a trained norm (peft 0.21)."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -118,7 +157,7 @@ def test_lora(cross):
     cases.assert_matches(result, cases.oracle_gram(policy, units), 1e-10)
 
 
-def _rank(rank: int, port: int, cross: str, results) -> None:
+def _rank(rank: int, port: int, results) -> None:
     """Rank 0 has two units in two micro-batches, rank 1 one unit; FSDP2 on gloo."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -136,24 +175,24 @@ def _rank(rank: int, port: int, cross: str, results) -> None:
     units = cases.units(3)
     # Every rank must call the model as often as the others.
     split = [[units[0]], [units[1]]] if rank == 0 else [[units[2]], []]
-    stats = GradStats(policy, cross=cross, sketch_size=cases.VOCAB)
-    for part in split:
-        if part:
-            batch = pack(part)
-            with stats.collect(batch, cases.SCALE):
-                cases.dpo(policy, batch).backward()
-        else:
-            (0.0 * cases.dpo(policy, pack(units[:1]))).backward()
-    result = stats.result(dist.group.WORLD)
-    lists = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in result.to_dict().items()}
-    results.put((rank, lists))
+    for cross in CROSS:
+        stats = GradStats(policy, cross=cross, sketch_size=cases.VOCAB)
+        for part in split:
+            if part:
+                batch = pack(part)
+                with stats.collect(batch, cases.SCALE):
+                    cases.dpo(policy, batch).backward()
+            else:
+                (0.0 * cases.dpo(policy, pack(units[:1]))).backward()
+        result = stats.result(dist.group.WORLD).to_dict()
+        lists = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in result.items()}
+        results.put((rank, cross, lists))
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cross", ["sketch", "exact"])
-def test_two_ranks(cross):
+def test_two_ranks():
     """Sharded parameters and units on two ranks give what one process gives.
 
     With k >= every dimension a sketch is the matrix itself, so the test is of the reduction.
@@ -163,18 +202,15 @@ def test_two_ranks(cross):
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
     port = 29_500 + os.getpid() % 1000
-    workers = mp.start_processes(
-        _rank, (port, cross, results), nprocs=2, join=False, start_method="spawn"
-    )
-    got = dict(results.get() for _ in range(2))
+    workers = mp.start_processes(_rank, (port, results), nprocs=2, join=False, start_method="spawn")
+    got = [results.get() for _ in range(2 * len(CROSS))]
     while not workers.join():
         pass
     policy, units = FusedHeadLM(cases.model("llama", tied=True)), cases.units(3)
     gram = cases.oracle_gram(policy, units)
-    for rank in range(2):
-        tensors = {
-            n: torch.tensor(v, dtype=torch.float64) for n, v in got[rank].items() if "_" in n
-        }
-        stats = StepStats.from_dict({**got[rank], **tensors})
+    assert {(rank, cross) for rank, cross, _ in got} == {(r, c) for r in range(2) for c in CROSS}
+    for _, cross, lists in got:
+        tensors = {n: torch.tensor(v, dtype=torch.float64) for n, v in lists.items() if "_" in n}
+        stats = StepStats.from_dict({**lists, **tensors})
         assert (stats.rows_BKK is None) == (cross == "exact")
         cases.assert_matches(stats, gram, 1e-10)
