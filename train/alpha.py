@@ -63,10 +63,21 @@ class FixedAlpha:
 
 
 def build_alpha(cfg: AlphaConfig) -> AlphaSource:
-    """The source that the configuration asks for."""
+    """The source that the configuration asks for.
+
+    Raises:
+        ValueError: a fixed weight outside of [0, 1], or an estimate whose weight may become 0 or
+            1: a kind whose loss is left out has no gradient to measure.
+    """
     estimate = cfg.estimate
     if estimate is None:
         return FixedAlpha(cfg.fixed)
+    for name, values in (("clip", estimate.clip), ("initial", (estimate.initial,))):
+        if not all(0.0 < value < 1.0 for value in values):
+            raise ValueError(
+                f"alpha.estimate.{name}: expected weights in (0, 1), so that both kinds have a "
+                f"gradient to measure (alpha.fixed serves 0 and 1), got {values}"
+            )
     return AlphaEstimator(
         reference=estimate.reference, target=estimate.target, ema_halflife=estimate.ema_halflife,
         clip=estimate.clip, warmup=estimate.warmup, initial=estimate.initial,
@@ -84,6 +95,18 @@ def build_stats(
         policy, estimate.mode, cross=estimate.cross, sketch_size=estimate.sketch_size, seed=seed,
         head=head, within=estimate.target == "batch",
     )  # fmt: skip
+
+
+def describe(stats: GradStats | None) -> str:
+    """Which mode measured, and over how much of what is trained; "" for a fixed weight."""
+    if stats is None:
+        return ""
+    coverage = stats.coverage
+    proxy = ", a proxy" if stats.mode == "norm" else ""
+    return (
+        f"measured in mode {stats.mode!r}{proxy}, over {coverage.covered} of {coverage.trained} "
+        f"trained parameters ({100 * coverage.share:.3g} %)"
+    )
 
 
 def kind_scale(alpha: float, num_units: int, kinds: Sequence[str] = KINDS) -> dict[str, float]:

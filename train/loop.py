@@ -20,7 +20,7 @@ from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.tail import Certificate, tail_certificates
 from bvpo_kernels.types import BVPOLoss, Unit
 from train import head_memory, parallel, reference, report
-from train.alpha import build_alpha, build_stats, kind_scale
+from train.alpha import build_alpha, build_stats, describe, kind_scale
 from train.config import OptimConfig, RunConfig
 from train.data import MicroBatch, Step, StepPlan, load_units
 from train.dry_run import planned
@@ -150,7 +150,10 @@ class Trainer:
         report.draw(self.run_dir / "log.jsonl", self.run_dir / "report.png")
         if self.held_out:
             print(report.before_after_table(before, after, len(self.held_out)))
-        print(report.alpha_summary(self.alpha.log(), self.cfg.train.units_per_step), end="")
+        summary = report.alpha_summary(
+            self.alpha.log(), self.cfg.train.units_per_step, describe(self.stats)
+        )
+        print(summary, end="")
         if self.cfg.train.measure_head_memory and self.world.mesh is None:
             print(head_memory.compare(self.policy, self.plan[0].micro_batches[0].batch))
 

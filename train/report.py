@@ -221,8 +221,14 @@ def draw(log_path: Path, image_path: Path) -> None:
     replace_file(image_path, lambda path: figure.savefig(path, format="png"))
 
 
-def alpha_summary(log: Mapping[str, float], batch_size: int) -> str:
-    """The last estimate of a*, a line each; nothing for a fixed weight."""
+def alpha_summary(log: Mapping[str, float], batch_size: int, measured: str = "") -> str:
+    """The last estimate of a*, a line each; nothing for a fixed weight.
+
+    Args:
+        log: `AlphaSource.log`.
+        batch_size: units of a step.
+        measured: what the gradients were taken over (`alpha.describe`); a line where given.
+    """
     if "alpha_star" not in log:
         return ""
     low, high = log.get("alpha_lo", 0.0), log.get("alpha_hi", 1.0)
@@ -230,11 +236,29 @@ def alpha_summary(log: Mapping[str, float], batch_size: int) -> str:
     lines = [
         f"a* = {log['alpha_star']:.3f}, 95 % interval [{low:.3f}, {high:.3f}], for batches of "
         f"{batch_size} units",
+        *([f"  {measured}"] if measured else []),
+        *_error_lines(log),
         f"  kappa = {log.get('kappa', math.nan):.3f}, B_mix = {mix:.1f} units",
         f"  noise per unit: trace {log['trS_t']:.3g}, empty {log['trS_e']:.3g}, shared "
         f"{log['trS_te']:.3g}; |mean difference|^2 {log['delta_sq']:.3g}",
     ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _error_lines(log: Mapping[str, float]) -> list[str]:
+    """MSE(a*) in units of that of the choices that measure nothing. None where the estimates of
+    these are not positive, as those of a few noisy steps may be."""
+    if "mse_2" not in log:
+        return []
+
+    def error(a: float) -> float:
+        return log["mse_0"] + a * log["mse_1"] + a * a * log["mse_2"]
+
+    best, others = error(log["alpha_star"]), {"0": 0.0, "1/2": 0.5, "1": 1.0}
+    if min(best, *map(error, others.values())) <= 0:
+        return []
+    shown = ", ".join(f"{best / error(a):.3f} x a = {name}" for name, a in others.items())
+    return [f"  error of the gradient at a*: {shown}"]
 
 
 def before_after_table(

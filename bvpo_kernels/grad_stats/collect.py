@@ -59,7 +59,8 @@ class GradStats:
         mode, cross: see the table. `cross` is not used by the modes "sketch" and "norm".
         strict: raise ValueError for trained parameters that no layer here can measure; else they
             are left out, and `coverage` says how many. Mode "norm" leaves out by design.
-        sketch_size: k; the standard deviation of a sketched product is about |G| |H| / k.
+        sketch_size: k; a layer's sketched product has a standard deviation between |G| |H| / k
+            (flat spectra) and 2 |G| |H| / sqrt(k) (rank one), independent of other layers'.
         seed: of the sketches; the same on all ranks.
         head: module whose weight `linear_logprobs` is given; default: the output embeddings of
             transformers' models.
@@ -149,7 +150,8 @@ class GradStats:
                 that has fewer micro-batches than another, and calls the model all the same.
             kind_scale: kind -> factor of that kind's losses in the loss that is differentiated,
                 weight / number of pairs in the step for `bvpo_loss`; it is divided out. None: 1.
-                A kind of factor 0 has no gradient to measure: clip alpha, to [.02, .98] say.
+                A kind of factor 0 has no gradient to measure: clip alpha, to [.02, .98] say, or
+                give the kind that should not move the weights a factor far below rounding.
 
         Raises:
             ValueError: naming the argument: a unit without a kind, or already in this step; a

@@ -7,6 +7,7 @@ import torch
 from tiny_runs import make_cfg, make_trainer, make_units, read_lines
 
 from bvpo_kernels.mixing import alpha_star, unbiased
+from train import report
 from train.alpha import FixedAlpha, build_alpha, kind_scale
 from train.config import AlphaConfig, EstimateConfig
 
@@ -74,7 +75,7 @@ def alpha_star_by_hand(t, e):
 
 
 @pytest.mark.parametrize("mode", ["exact", "sketch", "norm"])
-def test_run_measures_and_uses_the_weight(tmp_path, mode):
+def test_run_measures_and_uses_the_weight(tmp_path, mode, capsys):
     cfg = estimated(tmp_path, mode=mode)
     trainer = make_trainer(cfg, make_units(12), make_units(2, seed=3))
     trainer.run()
@@ -87,6 +88,27 @@ def test_run_measures_and_uses_the_weight(tmp_path, mode):
         assert line["trS_t"] > 0
         assert line["alpha_lo"] <= line["alpha_star"] <= line["alpha_hi"]
     assert (tmp_path / "report.png").stat().st_size > 20_000
+    printed = capsys.readouterr().out
+    last = lines[-1]
+    assert (
+        f"a* = {last['alpha_star']:.3f}, 95 % interval [{last['alpha_lo']:.3f}, "
+        f"{last['alpha_hi']:.3f}], for batches of 4 units\n"
+    ) in printed
+    coverage = trainer.stats.coverage
+    assert (coverage.share == 1.0) == (mode != "norm")
+    assert f"mode {mode!r}" in printed
+    assert f"over {coverage.covered} of {coverage.trained} trained parameters" in printed
+    assert (", a proxy" in printed) == (mode == "norm")
+
+
+def test_summary_compares_the_errors():
+    """MSE(a) = 1 - a + a^2 is 3/4 at 1/2 and 1 at both ends; a negative estimate says nothing."""
+    log = {"alpha_star": 0.5, "trS_t": 1.0, "trS_e": 1.0, "trS_te": 0.0, "delta_sq": 0.1,
+           "mse_0": 1.0, "mse_1": -1.0, "mse_2": 1.0}  # fmt: skip
+    text = report.alpha_summary(log, 8)
+    assert "error of the gradient at a*: 0.750 x a = 0, 1.000 x a = 1/2, 0.750 x a = 1\n" in text
+    assert "error of" not in report.alpha_summary({**log, "mse_0": 0.2}, 8)
+    assert report.alpha_summary({}, 8) == ""
 
 
 def test_measuring_does_not_change_the_training(tmp_path):
@@ -111,3 +133,7 @@ def test_sources():
     assert kind_scale(0.25, 4) == {"trace": 0.0625, "empty": 0.1875}
     with pytest.raises(ValueError, match=r"alpha.fixed: .*got 1.5"):
         build_alpha(AlphaConfig(fixed=1.5))
+    assert [build_alpha(AlphaConfig(fixed=a)).value() for a in (0.0, 1.0)] == [0.0, 1.0]
+    for options in ({"clip": (0.0, 0.9)}, {"clip": (0.1, 1.0)}, {"initial": 1.0}):
+        with pytest.raises(ValueError, match=f"alpha.estimate.{next(iter(options))}: expected"):
+            build_alpha(AlphaConfig(estimate=EstimateConfig(**options)))
