@@ -15,16 +15,40 @@
 namespace bvpo {
 namespace {
 
-constexpr int64_t kStretch = 128 * kLanes;
+constexpr int64_t kStretch = 2048;
 constexpr int64_t kTaskElements = 1 << 15;
 constexpr int64_t kTaskRows = 64;
 
-BVPO_INLINE v16 load_float(const float* p) { return load(p); }
+// kColumns: of a block of 4 groups against that many, the sums fit the registers.
+template <typename V>
+struct Vec;
 
-BVPO_INLINE v16 load_float(const uint16_t* p) {
-  v16h bits;
+template <>
+struct Vec<v16> {
+  typedef v16i Ints;
+  typedef v16h Halves;
+  static constexpr int64_t kLanes = 16, kColumns = 4;
+};
+
+template <>
+struct Vec<v8> {
+  typedef v8i Ints;
+  typedef v8h Halves;
+  static constexpr int64_t kLanes = 8, kColumns = 2;
+};
+
+template <typename V>
+BVPO_INLINE V load_float(const float* p) {
+  V x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+template <typename V>
+BVPO_INLINE V load_float(const uint16_t* p) {
+  typename Vec<V>::Halves bits;
   std::memcpy(&bits, p, sizeof(bits));
-  return (v16)(__builtin_convertvector(bits, v16i) << 16);
+  return (V)(__builtin_convertvector(bits, typename Vec<V>::Ints) << 16);
 }
 
 BVPO_INLINE float one_float(float x) { return x; }
@@ -36,26 +60,39 @@ BVPO_INLINE float one_float(uint16_t bits) {
   return x;
 }
 
-BVPO_INLINE void store_float(float* p, v16 x) { store(p, x); }
-BVPO_INLINE void store_float(uint16_t* p, v16 x) { store_low_halves(p, to_bf16_bits(x)); }
+template <typename V>
+BVPO_INLINE void store_float(float* p, V x) {
+  std::memcpy(p, &x, sizeof(x));
+}
 
-BVPO_INLINE double lane_sum(v16 x) {
+// Rounded to nearest even.
+template <typename V>
+BVPO_INLINE void store_float(uint16_t* p, V x) {
+  typedef typename Vec<V>::Ints Ints;
+  const Ints bits = (Ints)x;
+  const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const auto narrow = __builtin_convertvector(rounded & 0xffff, typename Vec<V>::Halves);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+template <typename V>
+BVPO_INLINE double lane_sum(V x) {
   double sum = 0.0;
-  for (int64_t i = 0; i < kLanes; ++i) sum += x[i];
+  for (int64_t i = 0; i < Vec<V>::kLanes; ++i) sum += x[i];
   return sum;
 }
 
 // Products of A tiles from `left` on with B tiles from `right` on, over one stretch.
-template <int64_t A, int64_t B, typename E>
+template <typename V, int64_t A, int64_t B, typename E>
 BVPO_INLINE void dots(const E* left, const E* right, int64_t stride, int64_t n, double* gram,
                       int64_t ld) {
-  v16 sums[A][B] = {};
+  V sums[A][B] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    v16 r[B];
-    for (int64_t b = 0; b < B; ++b) r[b] = load_float(right + b * stride + i);
+  for (; i + Vec<V>::kLanes <= n; i += Vec<V>::kLanes) {
+    V r[B];
+    for (int64_t b = 0; b < B; ++b) r[b] = load_float<V>(right + b * stride + i);
     for (int64_t a = 0; a < A; ++a) {
-      const v16 l = load_float(left + a * stride + i);
+      const V l = load_float<V>(left + a * stride + i);
       for (int64_t b = 0; b < B; ++b) sums[a][b] += l * r[b];
     }
   }
@@ -71,92 +108,101 @@ BVPO_INLINE void dots(const E* left, const E* right, int64_t stride, int64_t n, 
   }
 }
 
-// Blocks of four groups, then two, then one: the left block is never smaller than the right one.
-BVPO_INLINE int64_t block_size(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+// Rows of a block: four groups, then two, then one; its columns likewise, `most` at most.
+BVPO_INLINE int64_t block_size(int64_t left, int64_t most) {
+  return left >= most ? most : left >= 2 ? 2 : 1;
+}
 
-template <typename E>
+template <typename V, typename E>
 BVPO_INLINE void gram_of(const E* data, GroupTiles tiles, int64_t n, double* gram) {
+  constexpr int64_t kColumns = Vec<V>::kColumns;
   const int64_t groups = tiles.groups, stride = tiles.stride;
   for (int64_t start = 0; start < n; start += kStretch) {
     const int64_t count = std::min(kStretch, n - start);
-    for (int64_t g = 0; g < groups; g += block_size(groups - g)) {
-      for (int64_t h = g; h < groups; h += block_size(groups - h)) {
+    for (int64_t g = 0, rows; g < groups; g += rows) {
+      rows = block_size(groups - g, 4);
+      for (int64_t h = g, columns; h < groups; h += columns) {
+        columns = block_size(groups - h, std::min(rows, kColumns));
         const E* left = data + g * stride + start;
         const E* right = data + h * stride + start;
         double* out = gram + g * groups + h;
-        switch (block_size(groups - g) * 10 + block_size(groups - h)) {
-          case 44: dots<4, 4>(left, right, stride, count, out, groups); break;
-          case 42: dots<4, 2>(left, right, stride, count, out, groups); break;
-          case 41: dots<4, 1>(left, right, stride, count, out, groups); break;
-          case 22: dots<2, 2>(left, right, stride, count, out, groups); break;
-          case 21: dots<2, 1>(left, right, stride, count, out, groups); break;
-          default: dots<1, 1>(left, right, stride, count, out, groups);
+        switch (rows * 10 + columns) {
+          case 44: dots<V, 4, kColumns>(left, right, stride, count, out, groups); break;
+          case 42: dots<V, 4, 2>(left, right, stride, count, out, groups); break;
+          case 41: dots<V, 4, 1>(left, right, stride, count, out, groups); break;
+          case 22: dots<V, 2, 2>(left, right, stride, count, out, groups); break;
+          case 21: dots<V, 2, 1>(left, right, stride, count, out, groups); break;
+          default: dots<V, 1, 1>(left, right, stride, count, out, groups);
         }
       }
     }
   }
 }
 
+template <typename V>
 BVPO_INLINE void add_gram_body(GroupTiles tiles, int64_t first, int64_t n, double* gram) {
   if (tiles.bf16) {
-    gram_of(static_cast<const uint16_t*>(tiles.data) + first, tiles, n, gram);
+    gram_of<V>(static_cast<const uint16_t*>(tiles.data) + first, tiles, n, gram);
   } else {
-    gram_of(static_cast<const float*>(tiles.data) + first, tiles, n, gram);
+    gram_of<V>(static_cast<const float*>(tiles.data) + first, tiles, n, gram);
   }
 }
 
-template <typename E, typename Out>
+template <typename V, typename E, typename Out>
 BVPO_INLINE void sum_of(const E* data, GroupTiles tiles, int64_t n, Out* total) {
+  constexpr int64_t kLanes = Vec<V>::kLanes;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    v16 sum = load_float(data + i);
-    for (int64_t g = 1; g < tiles.groups; ++g) sum += load_float(data + g * tiles.stride + i);
-    store_float(total + i, sum);
+    V sum = load_float<V>(data + i);
+    for (int64_t g = 1; g < tiles.groups; ++g) sum += load_float<V>(data + g * tiles.stride + i);
+    store_float<V>(total + i, sum);
   }
   if (i == n) return;
   // The last lanes, through memory of a whole vector.
   E tail[kLanes] = {};
   Out out[kLanes];
-  v16 sum = {};
+  V sum = {};
   for (int64_t g = 0; g < tiles.groups; ++g) {
     std::memcpy(tail, data + g * tiles.stride + i, (n - i) * sizeof(E));
-    sum += load_float(tail);
+    sum += load_float<V>(tail);
   }
-  store_float(out, sum);
+  store_float<V>(out, sum);
   std::memcpy(total + i, out, (n - i) * sizeof(Out));
 }
 
+template <typename V>
 BVPO_INLINE void sum_groups_body(GroupTiles tiles, int64_t first, int64_t n, void* total,
                                  bool total_bf16) {
   const auto* bits = static_cast<const uint16_t*>(tiles.data) + first;
   const auto* floats = static_cast<const float*>(tiles.data) + first;
   if (tiles.bf16) {
-    if (total_bf16) sum_of(bits, tiles, n, static_cast<uint16_t*>(total));
-    else sum_of(bits, tiles, n, static_cast<float*>(total));
+    if (total_bf16) sum_of<V>(bits, tiles, n, static_cast<uint16_t*>(total));
+    else sum_of<V>(bits, tiles, n, static_cast<float*>(total));
   } else {
-    if (total_bf16) sum_of(floats, tiles, n, static_cast<uint16_t*>(total));
-    else sum_of(floats, tiles, n, static_cast<float*>(total));
+    if (total_bf16) sum_of<V>(floats, tiles, n, static_cast<uint16_t*>(total));
+    else sum_of<V>(floats, tiles, n, static_cast<float*>(total));
   }
 }
 
-template <typename E>
+template <typename V, typename E>
 BVPO_INLINE void norm_rows(const NormRows& rows, int64_t first, int64_t n, float* weight,
                            float* bias) {
+  constexpr int64_t kLanes = Vec<V>::kLanes;
   const int64_t dim = rows.dim, whole = dim / kLanes * kLanes;
   for (int64_t t = first; t < first + n; ++t) {
     const E* x = static_cast<const E*>(rows.x) + t * dim;
     const E* dy = static_cast<const E*>(rows.dy) + t * dim;
     float mean = 0.0f, scale = 0.0f;
     if (weight) {
-      v16 sum = {}, squares = {};
+      V sum = {}, squares = {};
       double tail = 0.0, tail_squares = 0.0;
       if (rows.centered) {
-        for (int64_t d = 0; d < whole; d += kLanes) sum += load_float(x + d);
+        for (int64_t d = 0; d < whole; d += kLanes) sum += load_float<V>(x + d);
         for (int64_t d = whole; d < dim; ++d) tail += one_float(x[d]);
         mean = static_cast<float>((lane_sum(sum) + tail) / dim);
       }
       for (int64_t d = 0; d < whole; d += kLanes) {
-        const v16 c = load_float(x + d) - mean;
+        const V c = load_float<V>(x + d) - mean;
         squares += c * c;
       }
       for (int64_t d = whole; d < dim; ++d) {
@@ -167,9 +213,12 @@ BVPO_INLINE void norm_rows(const NormRows& rows, int64_t first, int64_t n, float
       scale = static_cast<float>(1.0 / std::sqrt(variance + rows.eps));
     }
     for (int64_t d = 0; d < whole; d += kLanes) {
-      const v16 g = load_float(dy + d);
-      if (weight) store(weight + d, load(weight + d) + (load_float(x + d) - mean) * scale * g);
-      if (bias) store(bias + d, load(bias + d) + g);
+      const V g = load_float<V>(dy + d);
+      if (weight) {
+        const V xhat = (load_float<V>(x + d) - mean) * scale;
+        store_float<V>(weight + d, load_float<V>(weight + d) + xhat * g);
+      }
+      if (bias) store_float<V>(bias + d, load_float<V>(bias + d) + g);
     }
     for (int64_t d = whole; d < dim; ++d) {
       const float g = one_float(dy[d]);
@@ -179,21 +228,23 @@ BVPO_INLINE void norm_rows(const NormRows& rows, int64_t first, int64_t n, float
   }
 }
 
+template <typename V>
 BVPO_INLINE void add_norm_rows_body(NormRows rows, int64_t first, int64_t n, float* weight,
                                     float* bias) {
-  if (rows.bf16) norm_rows<uint16_t>(rows, first, n, weight, bias);
-  else norm_rows<float>(rows, first, n, weight, bias);
+  if (rows.bf16) norm_rows<V, uint16_t>(rows, first, n, weight, bias);
+  else norm_rows<V, float>(rows, first, n, weight, bias);
 }
 
 }  // namespace
 
-BVPO_DISPATCH(add_gram, (GroupTiles tiles, int64_t first, int64_t n, double* gram),
-              (tiles, first, n, gram))
-BVPO_DISPATCH(sum_groups,
-              (GroupTiles tiles, int64_t first, int64_t n, void* total, bool total_bf16),
-              (tiles, first, n, total, total_bf16))
-BVPO_DISPATCH(add_norm_rows, (NormRows rows, int64_t first, int64_t n, float* weight, float* bias),
-              (rows, first, n, weight, bias))
+BVPO_DISPATCH_WIDTHS(add_gram, (GroupTiles tiles, int64_t first, int64_t n, double* gram),
+                     (tiles, first, n, gram))
+BVPO_DISPATCH_WIDTHS(sum_groups,
+                     (GroupTiles tiles, int64_t first, int64_t n, void* total, bool total_bf16),
+                     (tiles, first, n, total, total_bf16))
+BVPO_DISPATCH_WIDTHS(add_norm_rows,
+                     (NormRows rows, int64_t first, int64_t n, float* weight, float* bias),
+                     (rows, first, n, weight, bias))
 
 namespace {
 

@@ -14,7 +14,7 @@ struct GroupTiles {
 };
 
 // gram[g, h] += sum_i A_g[i] A_h[i] over n elements from `first` on, for g <= h; gram is [G, G].
-// Sixteen fp32 lanes take at most 128 products each before their sum goes to fp64.
+// Of 2048 products the sums are fp32, lane by lane; beyond that fp64.
 void add_gram(GroupTiles tiles, int64_t first, int64_t n, double* gram);
 
 // total[i] = sum_g A_g[first + i], added in fp32 in the order of the groups; fp32 or bf16.

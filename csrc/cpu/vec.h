@@ -7,6 +7,9 @@
 
 namespace bvpo {
 
+typedef float v8 __attribute__((vector_size(32)));
+typedef int32_t v8i __attribute__((vector_size(32)));
+typedef uint16_t v8h __attribute__((vector_size(16)));
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t v16i __attribute__((vector_size(64)));
 typedef uint16_t v16h __attribute__((vector_size(32)));
@@ -18,6 +21,8 @@ constexpr int64_t kLanes = 16;
 // BVPO_DISPATCH(name, (parameters), (arguments)) defines `name` as a choice, made once per process,
 // between builds of the always-inlined `name_body` for the instruction sets below. Not
 // target_clones: gcc matches its arch= against one exact CPU model, and sanitizers break it.
+// BVPO_DISPATCH_WIDTHS does so for a template over the vector: gcc keeps a vector that is wider than
+// a register in memory, which a loop of few operations per load cannot afford.
 #if defined(__x86_64__)
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
@@ -34,23 +39,27 @@ inline Isa isa() {
   return found;
 }
 
-#define BVPO_DISPATCH(name, parameters, arguments)                                        \
+#define BVPO_DISPATCH_BODIES(name, parameters, arguments, wide, narrow)                   \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) static void      \
       name##_avx512 parameters {                                                          \
-    name##_body arguments;                                                                \
+    wide arguments;                                                                       \
   }                                                                                       \
   __attribute__((target("avx2,fma"))) static void name##_avx2 parameters {                \
-    name##_body arguments;                                                                \
+    narrow arguments;                                                                     \
   }                                                                                       \
   void name parameters {                                                                  \
     if (isa() == Isa::kAvx512) return name##_avx512 arguments;                            \
     if (isa() == Isa::kAvx2) return name##_avx2 arguments;                                \
-    name##_body arguments;                                                                \
+    narrow arguments;                                                                     \
   }
 #else
-#define BVPO_DISPATCH(name, parameters, arguments) \
-  void name parameters { name##_body arguments; }
+#define BVPO_DISPATCH_BODIES(name, parameters, arguments, wide, narrow) \
+  void name parameters { narrow arguments; }
 #endif
+#define BVPO_DISPATCH(name, parameters, arguments) \
+  BVPO_DISPATCH_BODIES(name, parameters, arguments, name##_body, name##_body)
+#define BVPO_DISPATCH_WIDTHS(name, parameters, arguments) \
+  BVPO_DISPATCH_BODIES(name, parameters, arguments, name##_body<v16>, name##_body<v8>)
 
 BVPO_INLINE v16 splat(float x) { return v16{} + x; }
 
