@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +29,7 @@ from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import AlphaEstimator, StepStats
 from bvpo_kernels.types import EMPTY, TRACE
 from train.config import RunConfig
+from train.devices import with_compute_dtype
 from train.head import FusedHeadLM, build_policy
 from train.pairs import load_pairs
 
@@ -61,42 +63,51 @@ def _values(mode: str, step: int, stats: StepStats) -> Iterator[dict[str, object
                    "value": gram_KK[k, m].item()}  # fmt: skip
 
 
+def _known(path: Path, dtype: str, units: int) -> list[dict[str, object]]:
+    """Lines of the modes that the file holds for as many units, computed in `dtype`."""
+    if not path.exists():
+        return []
+    frame = pd.read_csv(path)
+    known = frame[frame["compute_dtype"] == dtype].groupby("mode").filter(
+        lambda of_mode: (of_mode["quantity"] == "|t|^2").sum() == units
+    )  # fmt: skip
+    return known.to_dict("records")
+
+
 def measure(
-    steps: int, units_per_step: int, units_per_micro_batch: int, path: Path
+    steps: int, units_per_step: int, units_per_micro_batch: int, mode: str | None, path: Path
 ) -> pd.DataFrame:
     """One line per mode, unit and product, and per mode a* with its interval; written after each
     mode. Modes that `path` holds for as many units are not measured again."""
-    policy, _ = build_policy(RunConfig())
+    cfg = RunConfig()
+    cfg.model = with_compute_dtype(replace(cfg.model, compute_dtype="auto"))
+    dtype = cfg.model.compute_dtype
+    policy, _ = build_policy(cfg)
     policy.train()
-    every = load_pairs(RunConfig().train.pairs).units
+    where = {"compute_dtype": dtype, **records.environment(torch.get_num_threads())}
+    every = load_pairs(cfg.train.pairs).units
     chosen = [unit for unit in every if {TRACE, EMPTY} <= set(unit.pairs)]
     chosen = chosen[: steps * units_per_step]
-    lines: list[dict[str, object]] = []
-    if path.exists():
-        known = (
-            pd.read_csv(path)
-            .groupby("mode")
-            .filter(lambda of_mode: (of_mode["quantity"] == "|t|^2").sum() == len(chosen))
-        )
-        lines = known.to_dict("records")
-    left = [mode for mode in MODES if mode not in {line["mode"] for line in lines}]
+    done = {line["mode"] for line in _known(path, dtype, len(chosen))}
+    left = [name for name in MODES if name not in done and mode in (None, name)]
     bar = tqdm(total=steps * len(left), unit="step")
-    for mode in left:
-        options = MODES[mode]
-        stats = GradStats(policy, **options)  # type: ignore[arg-type]
+    for name in left:
+        stats = GradStats(policy, **MODES[name])  # type: ignore[arg-type]
+        measured: list[dict[str, object]] = []
         alpha = AlphaEstimator(ema_halflife=float("inf"))
         for step in range(steps):
             units = chosen[step * units_per_step : (step + 1) * units_per_step]
             result = _step(policy, stats, units, units_per_micro_batch)
             alpha.update(result)
-            lines += _values(mode, step, result)
+            measured += _values(name, step, result)
             bar.update()
         star = alpha.estimate()
-        for name, value in (("a*", star.raw), ("a* low", star.low), ("a* high", star.high),
-                            ("kappa", star.kappa)):  # fmt: skip
-            lines.append({"mode": mode, "unit": "all", "quantity": name, "value": value})
+        for quantity, value in (("a*", star.raw), ("a* low", star.low), ("a* high", star.high),
+                                ("kappa", star.kappa)):  # fmt: skip
+            measured.append({"mode": name, "unit": "all", "quantity": quantity, "value": value})
+        lines = _known(path, dtype, len(chosen)) + [{**line, **where} for line in measured]
         _write(pd.DataFrame(lines), path)
-    return pd.DataFrame(lines).astype({"unit": str})
+    return read(path)
 
 
 def _write(frame: pd.DataFrame, path: Path) -> None:
@@ -122,6 +133,32 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
             row[name] = wide.loc[(name, "all"), mode]
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Correlation with exact, and the error beside the spread of the units, per product; a*."""
+    headers = ["mode", *(f"{name}: r, error" for name in PRODUCTS), "a* and its 95 % interval"]
+    lines = [
+        [row["mode"], *(f"{row[f'{name}: r']:.3f}, {row[f'{name}: error / spread']:.2f}"
+                        for name in PRODUCTS),
+         f"{row['a*']:.3f} [{row['a* low']:.3f}, {row['a* high']:.3f}]"]
+        for row in summarise(frame).to_dict("records")
+    ]  # fmt: skip
+    first = frame.iloc[0]
+    units = frame.loc[frame["unit"] != "all", "unit"].nunique()
+    where = (
+        f"SmolLM2-135M, {units} units of the demo, computed in {first['compute_dtype']}. r: "
+        f"correlation with exact over the units; error: what is left after the best common factor, "
+        f"over the units' standard deviation. {first['cpu']} ({first['isa']}), torch "
+        f"{first['torch']}, commit {first['commit']}, {first['date']}."
+    )
+    table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+    return f"{table}\n\n{where}"
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A file of `measure`."""
+    return pd.read_csv(path).astype({"unit": str})
 
 
 def plot(frame: pd.DataFrame, path: Path) -> None:
@@ -158,19 +195,25 @@ def main(
     steps: int = 3,
     units_per_step: int = 4,
     units_per_micro_batch: int = 2,
+    mode: str | None = None,
     out: Path = records.RESULTS,
 ) -> None:
-    """Measure, then write proxies.csv and proxies.png, and print the table.
+    """Measure, then write proxies.csv and, when it is complete, proxies.png; print the table.
 
     Args:
         steps: batches that a* is averaged over.
         units_per_step: batch size that a* is for.
         units_per_micro_batch: units of one pack.
+        mode: measure this one only; None: those that the file lacks.
         out: folder of the results.
     """
+    if mode not in (None, *MODES):
+        raise ValueError(f"mode: expected one of {list(MODES)}, got {mode!r}")
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
-    frame = measure(steps, units_per_step, units_per_micro_batch, out / "proxies.csv")
+    frame = measure(steps, units_per_step, units_per_micro_batch, mode, out / "proxies.csv")
+    if set(frame["mode"]) != set(MODES):
+        return
     table = summarise(frame)
     plot(frame, out / "proxies.png")
     print(tabulate(table, headers="keys", tablefmt="github", showindex=False, floatfmt=".3f"))

@@ -157,6 +157,38 @@ def _line(row: str, of_row: pd.DataFrame) -> list[str]:
     ]  # fmt: skip
 
 
+def stats_table(frame: pd.DataFrame) -> str:
+    """Group "stats", a table per machine: a line per row with time, overhead and memory at the
+    largest model, then the time relative to the step without statistics by trace length."""
+    machines = frame.groupby(list(records.MACHINE), sort=False)
+    tables = [_stats_of_machine(measured) for _, measured in machines]
+    return "\n\n".join([*tables, "![overhead and growth](benchmarks/results/stats.png)"])
+
+
+def _stats_of_machine(frame: pd.DataFrame) -> str:
+    shapes = {case: records.shape_of(shape) for case, shape in frame[["case", "shape"]].values}
+    model = next(case for case, shape in shapes.items() if shape["L"] > 1)
+    growth = {case: shape["R"] for case, shape in shapes.items() if shape["L"] == 1}
+    headers = ["", "s", "overhead", "peak MiB", *(f"{size} tokens" for size in growth.values()), ""]
+    lines = []
+    for row, of_row in frame.groupby("row", sort=False):
+        by_case = {case: records.values(part) for case, part in of_row.groupby("case")}
+        here = by_case.get(model, {})
+        state = records.status(of_row[of_row["case"] == model])
+        lines.append([
+            str(row), f"{here['time']:.2f}" if "time" in here else "",
+            f"{100 * (here['ratio'] - 1):.1f} %" if "ratio" in here else "",
+            f"{here['peak_memory']:.0f}" if "peak_memory" in here else "",
+            *(f"{by_case[case]['ratio']:.2f}x" if "ratio" in by_case.get(case, {}) else ""
+              for case in growth),
+            "" if state == records.OK else state,
+        ])  # fmt: skip
+    table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+    return (
+        f"{model}; by tokens of a trace, a small model of one layer:\n\n{table}\n\n{_where(frame)}"
+    )
+
+
 def _where(frame: pd.DataFrame) -> str:
     first = frame.iloc[0]
     noise = frame.loc[frame["metric"] == "other_load", "value"].max()

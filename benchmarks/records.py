@@ -109,19 +109,25 @@ def of_machine(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
     return frame[_on(frame, where)]
 
 
-def other_cases(path: Path, cases: Iterable[Case], where: Mapping[str, Any]) -> list[Record]:
-    """The records of a file, if there is one, but for those of the cases on this machine."""
+def kept(
+    path: Path, cases: Iterable[Case], rows: Iterable[str], where: Mapping[str, Any]
+) -> list[Record]:
+    """The records of a file, if there is one, but for those of the cases' rows on this machine."""
     if not path.exists():
         return []
     frame = read_csv(path)
-    replaced = frame["case"].isin([case.name for case in cases]) & _on(frame, where)
-    return frame[~replaced].to_dict("records")
+    again = frame["case"].isin([case.name for case in cases]) & frame["row"].isin(list(rows))
+    return frame[~(again & _on(frame, where))].to_dict("records")
 
 
-def in_order(records: Iterable[Record], cases: Sequence[str]) -> list[Record]:
-    """The records in the order of their cases; those of cases that are not listed come first."""
-    places = {name: place for place, name in enumerate(cases)}
-    return sorted(records, key=lambda entry: places.get(entry["case"], -1))
+def in_order(records: Iterable[Record], cases: Sequence[str], rows: Sequence[str]) -> list[Record]:
+    """The records by case and row in the given orders; what is not listed comes first."""
+    case_places = {name: place for place, name in enumerate(cases)}
+    row_places = {name: place for place, name in enumerate(rows)}
+    return sorted(
+        records,
+        key=lambda one: (case_places.get(one["case"], -1), row_places.get(one["row"], -1)),
+    )
 
 
 def write_csv(path: Path, records: Iterable[Record]) -> None:

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
-from benchmarks import measure, plot, readme, records, registry, verify
+from benchmarks import measure, plot, proxies, readme, records, registry, verify
 from benchmarks.records import Record
 from benchmarks.registry import Call, Case, Gate, Group, Row
 
@@ -187,6 +187,7 @@ def run_group(
     rows: str | None = None,
     update: bool = False,
     longest: float | None = None,
+    no_memory: bool = False,
 ) -> Path:
     """Measure a group; returns the path of the CSV, beside which the PNG lies.
 
@@ -198,20 +199,26 @@ def run_group(
         threads: CPU threads (default: as torch chooses).
         filter: regular expression on case names; the results of a part go to NAME-part.*.
         rows: regular expression on the names of rows besides the baseline; a part likewise.
-        update: put the results of a part into NAME.* instead, in place of its cases' old ones on
-            this machine and number of threads; those of others stay.
+        update: put the results of a part into NAME.* instead, in place of what its cases and rows
+            had there on this machine and number of threads; the others stay. A row's ratio is to
+            the baseline that ran beside it.
         longest: seconds of a call; a row that, by its time at fewer tokens in the same mode, would
             take longer is not started, and says so.
+        no_memory: leave peak memory out, which runs every row once more, in a process of its own.
     """
     cases = select_cases(group, quick, filter)
+    every_row = [row.name for row in group.rows]
     group = select_rows(group, rows)
+    if no_memory:
+        group = replace(group, memory=False)
     if threads is not None:
         torch.set_num_threads(threads)
     part = (filter or rows) and not update
     suffix = "" if out else ("-quick" if quick else "") + ("-part" if part else "")
     path = (out or records.RESULTS) / f"{group.name}{suffix}.csv"
     where = records.environment(torch.get_num_threads())
-    others = records.other_cases(path, cases, where) if update else []
+    measured_rows = [row.name for row in group.rows]
+    others = records.kept(path, cases, measured_rows, where) if update else []
     earlier = [entry for entry in others if records.is_machine(entry, where)]
     found: list[Record] = []
     steps = sum((rounds or case.rounds) * len(group.rows_of(case)) for case in cases)
@@ -224,7 +231,7 @@ def run_group(
             found += run_case(group, case, rounds, bar, refused)
             measured = [{**entry, **where} for entry in found]
             every = [case.name for case in (group.quick if quick else group.cases)]
-            records.write_csv(path, records.in_order([*others, *measured], every))
+            records.write_csv(path, records.in_order([*others, *measured], every, every_row))
             done += (rounds or case.rounds) * len(group.rows_of(case))
             bar.update(done - bar.n)
     frame = records.of_machine(records.read_csv(path), where)
@@ -243,10 +250,16 @@ def show_table(name: str, out: Path | None = None) -> None:
 
 
 def write_readme() -> None:
-    """Put the results of "logprobs" and "peers", those that there are, into README.md."""
-    tables = {"logprobs": readme.cases, "peers": readme.peers}
-    found = {name: records.RESULTS / f"{name}.csv" for name in tables}
-    readme.put({name: tables[name](records.read_csv(p)) for name, p in found.items() if p.exists()})
+    """Put the results that have a place in README.md there, where they were measured."""
+    tables = {
+        "logprobs": lambda path: readme.cases(records.read_csv(path)),
+        "peers": lambda path: readme.peers(records.read_csv(path)),
+        "stats": lambda path: readme.stats_table(records.read_csv(path)),
+        "proxies": lambda path: proxies.markdown(proxies.read(path)),
+    }
+    paths = {name: records.RESULTS / f"{name}.csv" for name in tables}
+    found = {name: table(paths[name]) for name, table in tables.items() if paths[name].exists()}
+    readme.put(found)
 
 
 def _parser(groups: Mapping[str, Group]) -> ArgumentParser:
@@ -264,6 +277,7 @@ def _parser(groups: Mapping[str, Group]) -> ArgumentParser:
         add("--threads", type=PositiveInt, help="CPU threads")
         add("--filter", help="regular expression on case names; written to NAME-part.*")
         add("--rows", help="regular expression on rows' names; written to NAME-part.*")
+        add("--no-memory", action="store_true", help="leave out peak memory")
         add("--update", action="store_true", help="write a part into NAME.*, among other cases")
         add("--longest", type=PositiveFloat, help="seconds of a call that is still worth timing")
         commands.add_subcommand(name, command, help=group.title)

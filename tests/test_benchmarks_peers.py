@@ -113,20 +113,21 @@ def test_figures_tables_and_parts(tmp_path):
         readme.put({"nothing": ""}, page)
     changed = Case({"T": 8, "D": 8, "V": 16}, "bfloat16", "trained")
     where = records.environment(1)
-    kept = records.other_cases(path, [changed], where)
-    assert len(kept) == len(records.of_machine(frame, where)) * 3 // 4
+    kept = records.kept(path, [changed], ["naive"], where)
     # What another machine measured stays, and has a table of its own.
-    assert len(records.other_cases(path, [changed], where | {"cpu": "another"})) == len(rows)
-    elsewhere = frame.assign(cpu="another", commit="abc")
-    both = records.markdown_table(pd.concat([frame, elsewhere]))
+    elsewhere = where | {"cpu": "another"}
+    assert len(records.kept(path, [changed], ["naive"], elsewhere)) == len(rows)
+    both = records.markdown_table(pd.concat([frame, frame.assign(cpu="another", commit="abc")]))
     assert both.count("| case") == 2
     assert "another, " in both.split("| case")[2]
     new = _measured("trained", 8, "naive", 2.0)
+    assert len(kept) == len(rows) - len(new)
     names = ["T=8 D=8 V=16 bf16 trained", "T=16 D=8 V=16 bf16 trained"]
-    ordered = records.in_order([*kept, *new], names)
-    assert [entry["case"] for entry in ordered].index(names[0]) < [
-        entry["case"] for entry in ordered
-    ].index(names[1])
+    ordered = records.in_order([*kept, *new], names, ["naive", "bvpo_kernels", "Liger"])
+    places = [(entry["case"], entry["row"]) for entry in ordered if entry["mode"] == "trained"]
+    assert list(dict.fromkeys(places)) == [
+        (case, row) for case in names for row in ("naive", "bvpo_kernels", "Liger")
+    ]
 
 
 def _frame(tmp_path, *parts):

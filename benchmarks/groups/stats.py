@@ -6,21 +6,24 @@ answers without a trace. Ratios are to the step that measures nothing. "loop" is
 one backward per unit and kind, and the inner products of the gradients. "opacus" is its ghost
 clipping: norms without inner products, of a model whose head is not tied (`benchmarks.ghost`).
 
-The first case is SmolLM2-135M. The others show how the rows grow with the trace: one layer of
-D=192 and one unit, because attention over 34 000 tokens of a pack would hide all else.
+The first two cases are SmolLM2-135M; `--filter fp32` leaves out the one that a CPU without bf16
+products emulates. The others show how the rows grow with the trace: one layer of D=192 and one
+unit, because attention over 34 000 tokens of a pack would hide all else.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import ghost
+from benchmarks import ghost, plot, records
 from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row, why_not
 from bvpo_kernels import TokenPair, Unit, bvpo_loss, pack, segment_sum
 from bvpo_kernels.grad_stats import GradStats
@@ -29,8 +32,11 @@ from train.head import FusedHeadLM
 
 ALPHA = 0.5
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 64
-# Trace tokens of the units that the gate runs in fp64, at the case's own model.
-GATE_TRACE = 16
+# Tokens of a prompt, a trace and an answer that the gate runs in fp64, at the case's own model.
+GATE_TOKENS = 16
+SMOLLM2 = {"R": 256, "B": 2, "L": 30, "D": 576, "V": 49_152}
+# Percent at which the figure cuts a bar.
+LARGEST_BAR = 30
 
 
 class Inputs(NamedTuple):
@@ -40,17 +46,18 @@ class Inputs(NamedTuple):
     units: list[Unit]
 
 
-def _units(count: int, trace: int, vocab: int) -> list[Unit]:
+def _units(
+    count: int, trace: int, vocab: int, prompt: int = PROMPT_TOKENS, answer: int = ANSWER_TOKENS
+) -> list[Unit]:
     generator = torch.Generator().manual_seed(0)
 
     def pair(response: int) -> TokenPair:
-        sizes = (PROMPT_TOKENS, response, response)
+        sizes = (prompt, response, response)
         ids = [torch.randint(0, vocab, (size,), generator=generator).tolist() for size in sizes]
         return TokenPair(*ids)
 
     return [
-        Unit(str(n), {TRACE: [pair(trace + ANSWER_TOKENS)], EMPTY: [pair(ANSWER_TOKENS)]})
-        for n in range(count)
+        Unit(str(n), {TRACE: [pair(trace + answer)], EMPTY: [pair(answer)]}) for n in range(count)
     ]
 
 
@@ -139,8 +146,9 @@ def loop_gram(policy: FusedHeadLM, units: list[Unit], device: str) -> Tensor:
 
 
 def gate(case: Case, inputs: Inputs) -> Gate:
-    """Short traces through the case's own model; the oracle is the loop in fp64."""
-    few = _units(case.shape["B"], GATE_TRACE, case.shape["V"])
+    """Short segments through the case's own model; the oracle is the loop in fp64."""
+    sizes = (GATE_TOKENS, case.shape["V"], GATE_TOKENS, GATE_TOKENS)
+    few = _units(case.shape["B"], *sizes)
     exact = FusedHeadLM(copy.deepcopy(inputs.policy.model).double())
     return Gate(
         inputs=Inputs(inputs.policy, few),
@@ -155,14 +163,53 @@ def tiny(case: Case) -> Case:
 
 
 def _growth(trace: int, rounds: int) -> Case:
-    return Case({"R": trace, "B": 1, "L": 1, "D": 192, "V": 8192}, "bfloat16", rounds=rounds)
+    return Case({"R": trace, "B": 1, "L": 1, "D": 192, "V": 8192}, rounds=rounds)
+
+
+def draw(frame: pd.DataFrame, path: Path) -> None:
+    """Time relative to the step without statistics: bars at SmolLM2's size, lines by trace."""
+    ratios = frame[frame["metric"] == "ratio"].copy()
+    shapes = [records.shape_of(shape) for shape in ratios["shape"]]
+    ratios["R"] = [shape["R"] for shape in shapes]
+    ratios["small"] = [shape["L"] == 1 for shape in shapes]
+    ratios["percent"] = 100 * (ratios["value"].astype(float) - 1)
+    with plot.drawing(path, (10, 4)) as figure:
+        bars, lines = figure.subplots(1, 2)
+        _draw_bars(ratios[~ratios["small"]], bars)
+        for row, of_row in ratios[ratios["small"]].groupby("row", sort=False):
+            points = of_row.sort_values("R")
+            lines.plot(points["R"], points["percent"] / 100 + 1, marker="o", label=row)
+        lines.set_xscale("log", base=2)
+        lines.set_yscale("log")
+        lines.set_xlabel("tokens of a trace (one layer, D = 192)")
+        lines.set_ylabel("time / step without statistics")
+        lines.legend(fontsize=7)
+        first = frame.iloc[0]
+        figure.suptitle(f"stats: {first['cpu']}, {first['threads']} threads", fontsize=9)
+
+
+def _draw_bars(ratios: pd.DataFrame, axes: Any) -> None:
+    """Overheads in percent; those beyond the axis are written on their bars."""
+    places = range(len(ratios))
+    axes.barh(places, ratios["percent"], color="C0")
+    axes.set_xlim(-1, LARGEST_BAR)
+    for place, percent in zip(places, ratios["percent"], strict=True):
+        axes.text(max(min(percent, LARGEST_BAR - 4), 0) + 0.3, place, f"{percent:.1f} %",
+                  va="center", fontsize=8)  # fmt: skip
+    axes.set_yticks(
+        places, [f"{r}, {d}" for r, d in zip(ratios["row"], ratios["dtype"], strict=True)]
+    )
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("overhead of a step of SmolLM2-135M, %")
 
 
 GROUP = Group(
     name="stats",
     title="a step's forward and backward with gradient statistics, relative to without",
     cases=(
-        Case({"R": 256, "B": 2, "L": 30, "D": 576, "V": 49_152}, "bfloat16", rounds=3),
+        Case(SMOLLM2, rounds=3),
+        Case(SMOLLM2, "bfloat16", rounds=3),
         _growth(256, 9),
         _growth(1024, 5),
         _growth(4096, 3),
@@ -188,4 +235,5 @@ GROUP = Group(
     make_inputs=make_inputs,
     gate=gate,
     tiny=tiny,
+    draw=draw,
 )  # fmt: skip
