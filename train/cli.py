@@ -39,7 +39,7 @@ SWITCHES = {
 }
 # Set to 1 to see where an error was raised.
 DEBUG_VARIABLE = "BVPO_DEBUG"
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, MemoryError)
 
 
 def build_command_parser(name: str) -> ArgumentParser:
@@ -86,18 +86,19 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the user's errors become one line on stderr and exit code 2."""
+    """Run a command, whose exit code is what it returns or 0; the user's errors become one line on
+    stderr and exit code 2."""
     command, cfg = parse(arguments)
     try:
         if hasattr(cfg, "model"):
             from train.devices import with_compute_dtype  # `--help` must not wait for torch
 
             cfg.model = with_compute_dtype(cfg.model)
-        importlib.import_module(COMMANDS[command][0]).run(cfg)
+        code = importlib.import_module(COMMANDS[command][0]).run(cfg)
     except USER_ERRORS as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
         message = " ".join(str(error).split())
         print(f"{command}: error: {message} ({DEBUG_VARIABLE}=1 shows where)", file=sys.stderr)
         return 2
-    return 0
+    return code or 0

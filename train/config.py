@@ -191,6 +191,20 @@ class TrainConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Steps under torch's profiler; a trace per rank in run_dir/profile.
+
+    steps: how many are recorded, 0 being none; skip: steps before them, one at least; ranks: those
+    that record; memory: allocations too.
+    """
+
+    steps: int = 0
+    skip: int = 2
+    ranks: tuple[int, ...] = (0,)
+    memory: bool = False
+
+
+@dataclass
 class RunConfig:
     """Everything that a run depends on; it is written into `run_dir` as it was used.
 
@@ -209,3 +223,4 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

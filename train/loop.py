@@ -28,8 +28,12 @@ from train.evaluate import MetricSum, Objective, evaluate
 from train.export import save_model
 from train.files import replace_file
 from train.head import FusedHeadLM, build_policy
+from train.interrupts import Interruption
 from train.marginal import UNTRAINED
+from train.out_of_memory import explained
 from train.parallel import ALONE, World, synchronise, whole
+from train.profiling import recording
+from train.throughput import StepFlops, peak_flops, utilization
 
 
 class NonFiniteError(FloatingPointError):
@@ -121,30 +125,50 @@ class Trainer:
         policy.train()  # transformers checkpoints activations in this mode only; no dropout is left
         parallel.checkpoint_activations(policy.model, cfg.train.checkpoint_layers)
         self.optimizer = build_optimizer(policy, cfg.optim)
+        self.flops = StepFlops(policy.model)
+        self.peak = peak_flops(world.device, getattr(torch, cfg.model.compute_dtype))
         num_steps = self.plan.num_steps
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, num_steps, cfg.optim)
         )
 
-    def run(self) -> None:
-        """Train, evaluate, save the model and draw the report."""
+    def run(self) -> int:
+        """Train, evaluate, save the model and draw the report; returns the exit code.
+
+        A run that is told to stop returns after its step, without a model and a report.
+        """
         eval_every, num_steps = self.cfg.train.eval_every, self.plan.num_steps
         main = self.world.is_main
-        with report.RunLog(self.run_dir, active=main) as log:
+        with (
+            report.RunLog(self.run_dir, active=main) as log,
+            recording(self.cfg.profile, self.run_dir, self.world.rank) as profiled,
+            Interruption() as interruption,
+        ):
             before = after = self.evaluate(log, 0)
             bar = tqdm(range(num_steps), desc="train", unit="step", disable=not main)
             for step in bar:
-                line = self.train_step(step)
+                with explained(self.cfg, self.world.size, self.world.rank):
+                    line = self.train_step(step)
+                profiled.step()
                 log.write("train", step + 1, line)
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
                 if step == 0 and self.cfg.loss.name == "dpo" and main:
                     tqdm.write(f"first loss {line['loss']:.4f} (log 2 = {math.log(2):.4f})")
                 last = step + 1 == num_steps
+                if self.world.any(interruption.requested) and not last:
+                    return self._stop(step + 1, interruption)
                 if last or (eval_every and (step + 1) % eval_every == 0):
                     after = self.evaluate(log, step + 1)
         save_model(self.policy.model, self.tokenizer, self.run_dir / "model", self.world)
         if main:
             self._report(before, after)
+        return 0
+
+    def _stop(self, steps: int, interruption: Interruption) -> int:
+        """End a run after some steps because a rank was told to."""
+        if self.world.is_main:
+            tqdm.write(f"stopped by a signal after step {steps} of {self.plan.num_steps}")
+        return interruption.exit_code
 
     def _report(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         report.draw(self.run_dir / "log.jsonl", self.run_dir / "report.png")
@@ -248,6 +272,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "tokens": data.num_tokens,
             "tokens_per_second": data.num_tokens / total,
+            **utilization(self.flops(data.units), total, self.peak, self.world.size),
             "fill": data.fill,
             "micro_batches": len(data.micro_batches),
             **{f"seconds/{stage}": seconds for stage, seconds in watch.seconds.items()},
@@ -292,7 +317,7 @@ def _non_finite_loss(result: BVPOLoss, micro: MicroBatch) -> list[str]:
     return [f"loss {result.loss.item()} from the units {list(micro.batch.unit_ids)}"]
 
 
-def run(cfg: RunConfig) -> None:
+def run(cfg: RunConfig) -> int:
     """`train`: from the configuration to the final model and its report in `run_dir`."""
     run_dir = Path(cfg.run_dir)
     fields = {name: value for name, value in asdict(cfg).items() if name != "dry_run"}
@@ -307,6 +332,7 @@ def run(cfg: RunConfig) -> None:
         policy, tokenizer = build_policy(cfg, world)
         trainer = Trainer(cfg, policy, tokenizer, train_units, held_out, world)
         if not cfg.dry_run:
-            trainer.run()
-        elif world.is_main:
+            return trainer.run()
+        if world.is_main:
             print(planned(trainer))
+        return 0

@@ -27,7 +27,7 @@ from train.export import save_model
 from train.head import FusedHeadLM, build_policy
 from train.loop import NonFiniteError, build_optimizer, lr_factor
 
-TIMES = ("time", "tokens_per_second")
+TIMES = ("time", "tokens_per_second", "mfu")
 
 
 def parameters(model):
@@ -288,7 +288,7 @@ def test_log_line_is_complete(tmp_path):
     kinds = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
     names = {f"{kind}/{name}" for kind in ("trace", "empty") for name in kinds}
     names |= {"event", "step", "time", "epoch", "loss", "alpha", "lr", "grad_norm", "tokens"}
-    names |= {"tokens_per_second", "fill", "micro_batches"}
+    names |= {"tokens_per_second", "mfu", "fill", "micro_batches"}
     names |= {f"seconds/{stage}" for stage in ("data", "forward", "backward", "optimizer")}
     assert names <= line.keys()
     assert line["loss"] == pytest.approx(0.5 * line["trace/loss"] + 0.5 * line["empty/loss"])

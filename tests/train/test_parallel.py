@@ -43,7 +43,7 @@ CASES = {
     "half recomputed": Case(train={"checkpoint_layers": 2}, tied=True),
     "sparse": Case(train={"tail_tolerance": 2.0**-6}),
 }  # fmt: skip
-UNEQUAL = ("time", "seconds/", "tokens_per_second", "micro_batches")
+UNEQUAL = ("time", "seconds/", "tokens_per_second", "mfu", "micro_batches")
 
 
 def doubled(count):

@@ -1,0 +1,108 @@
+"""Signals become a request, handlers are given back, and the exit code says what happened."""
+
+import os
+import signal
+import threading
+from signal import SIGTERM
+
+import pytest
+from ranks import spawn
+from tiny_runs import make_cfg, make_trainer, make_units, read_lines, tiny_model
+
+from train import parallel
+from train.head import FusedHeadLM
+from train.interrupts import UNDER_TORCHRUN, Interruption
+from train.loop import Trainer
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_remembered(number, monkeypatch):
+    monkeypatch.delenv(UNDER_TORCHRUN, raising=False)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    with Interruption() as interruption:
+        assert not interruption.requested
+        os.kill(os.getpid(), number)
+        assert interruption.requested
+        assert interruption.signal == number
+        assert interruption.exit_code == 128 + number
+        os.kill(os.getpid(), signal.SIGTERM)  # an agent may forward it twice
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_a_second_sigint_interrupts():
+    with Interruption():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_torchrun_gets_zero(monkeypatch):
+    monkeypatch.setenv(UNDER_TORCHRUN, "none")
+    assert Interruption().exit_code == 0
+    monkeypatch.delenv(UNDER_TORCHRUN)
+    # Another rank got the signal.
+    assert Interruption().exit_code == 128 + signal.SIGTERM
+
+
+def test_other_threads_have_no_handlers():
+    found = []
+
+    def body():
+        with Interruption() as interruption:
+            found.append(interruption.requested)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def signal_in(trainer, at, number):
+    """The trainer, whose process gets a signal in the middle of a step."""
+    take = trainer.train_step
+
+    def train_step(step):
+        if step == at:
+            os.kill(os.getpid(), number)
+        return take(step)
+
+    trainer.train_step = train_step
+    return trainer
+
+
+def steps_of(run_dir):
+    return [line["step"] for line in read_lines(run_dir) if line["event"] == "train"]
+
+
+def test_a_run_stops_after_its_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(UNDER_TORCHRUN, raising=False)
+    trainer = signal_in(make_trainer(make_cfg(tmp_path, max_steps=5), make_units(4)), 1, SIGTERM)
+    assert trainer.run() == 143
+    assert steps_of(tmp_path) == [1, 2]
+    assert "stopped by a signal after step 2 of 5" in capsys.readouterr().out
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
+    trainer = signal_in(make_trainer(make_cfg(tmp_path), make_units(4)), 2, signal.SIGINT)
+    assert trainer.run() == 0
+    assert steps_of(tmp_path) == [1, 2, 3]
+    assert (tmp_path / "model").exists()
+
+
+def _one_rank_is_told(rank, folder):
+    cfg = make_cfg(folder / "run", max_steps=5)
+    world = parallel.make_world(cfg.parallel, parallel.ALONE.device)
+    policy = FusedHeadLM(tiny_model())
+    policy.run_device = world.device
+    parallel.shard(policy, cfg.parallel, world, policy.model.dtype)
+    trainer = Trainer(cfg, policy, None, make_units(4), [], world)
+    code = signal_in(trainer, 1 if rank == 1 else None, SIGTERM).run()
+    (folder / f"code-{rank}").write_text(str(code))
+
+
+def test_all_ranks_stop_after_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.delenv(UNDER_TORCHRUN, raising=False)
+    spawn(_one_rank_is_told, tmp_path)
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
+    assert steps_of(tmp_path / "run") == [1, 2]
