@@ -74,7 +74,7 @@ def draw_accuracy(results: Results) -> Figure:
 
 
 def draw_error(results: Results) -> Figure:
-    """MSE(a) by brute force, one panel per checkpoint, with the package's a* below it."""
+    """MSE(a) by brute force, one panel per checkpoint; below it, minima and the package's a*."""
     steps = results.steps
     figure = _figure(4.6 * len(steps), 4.4)
     for axes, step in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps, strict=True):
@@ -87,6 +87,8 @@ def draw_error(results: Results) -> Figure:
                       label="brute force, one line per seed" if place == 0 else None)  # fmt: skip
             best = min(1.0, max(0.0, brute["argmin"]))
             axes.plot(best, curve_value(brute, best) / scale, "o", color=_INK, ms=5)
+            axes.annotate(f"seed {seed}", (brute["a"][0], brute["mse"][0] / scale), (8, 2),
+                          textcoords="offset points", fontsize=8, color=_INK)  # fmt: skip
             rows = [(brute["low"], best, brute["high"], _INK, "minimum, brute force")]
             for name, color in ((TRACE, _STAR), (MARGINAL, _MARGINAL)):
                 star = curve["package"][name]
@@ -94,16 +96,18 @@ def draw_error(results: Results) -> Figure:
             for line, (low, middle, high, color, label) in enumerate(rows):
                 height = -0.05 - 0.16 * line - 0.045 * place
                 axes.plot([low, high], [height, height], color=color, lw=2)
-                axes.plot(middle, height, "o", color=color, ms=4, label=label if not place else "")
+                axes.plot(middle, height, "o-", color=color, ms=4,
+                          label=label if place == 0 else None)  # fmt: skip
         axes.set_ylim(-0.55, None)
         axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick < axes.get_ylim()[1]])
         axes.set_xlim(-0.03, 1.03)
         axes.axhline(0, color="0.6", lw=0.8)
         _plain(axes, f"after {step} steps", "a, weight of the trace gradient", "")
-    figure.axes[0].set_ylabel("MSE(a) / MSE(1);  below 0: a* with its 95 % interval")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    kept = [(h, text) for h, text in zip(handles, labels, strict=True) if text]
-    figure.legend(*zip(*kept, strict=True), loc="outside lower center", ncols=4, frameon=False)
+    figure.axes[0].set_ylabel("MSE(a) / MSE(1)")
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+        frameon=False, title="below 0: 95 % intervals, the seeds in turn",
+    )  # fmt: skip
     return figure
 
 
@@ -140,8 +144,10 @@ def draw_variances(results: Results) -> Figure | None:
         for (_, step), curve in results.curves.items():
             right.plot(step, curve["moments"][key], "x", color=color, ms=7)
     right.axhline(0, color="0.6", lw=0.8)
-    right.legend(frameon=False, fontsize=9, title="lines: arm a* marginal")
-    _plain(right, "Squared bias against the marginal", "optimizer step", "squared gradient norm")
+    right.legend(frameon=False, fontsize=9,
+                 title="lines: arm a* marginal; x: brute force, arm a=.5")  # fmt: skip
+    _plain(right, "Squared bias against the marginal (unbiased estimates)", "optimizer step",
+           "squared gradient norm")  # fmt: skip
     return figure
 
 
@@ -152,18 +158,20 @@ def draw_weights(results: Results) -> Figure | None:
         return None
     figure = _figure(6 * len(names), 3.6)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        title = name
         for place, (seed, run) in enumerate(results.arms[name].items()):
             color = ("#b3262e", "#2d7d46", "#1f5fa8", "#7a3b8f")[place % 4]
             axes.plot(*_series(run, "alpha"), color=color, lw=1.6, label=f"seed {seed}")
             # Without a standard error (fewer than ten effective steps) there is no band.
             banded = [line for line in run["log"] if line.get("alpha_se") is not None]
+            title = f"{name} (band: 95 %)" if banded else title
             steps = [line["step"] for line in banded]
             low, high = ([line[key] for line in banded] for key in ("alpha_lo", "alpha_hi"))
             axes.fill_between(steps, low, high, color=color, alpha=0.1, lw=0)
         axes.axhline(0.5, color="0.5", ls=":", lw=1)
         axes.set_ylim(-0.03, 1.03)
         axes.legend(frameon=False, fontsize=9)
-        _plain(axes, f"{name} (band: 95 %)", "optimizer step", "weight of the trace loss")
+        _plain(axes, title, "optimizer step", "weight of the trace loss")
     return figure
 
 
