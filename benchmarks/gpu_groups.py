@@ -29,6 +29,8 @@ MODES = ("scores", "frozen", "trained")
 # runs 8 where 6 are needed; recomputation is not credited.
 NEEDED_FLOPS = {"scores": 2, "frozen": 4, "trained": 6}
 GATE_ROW_STRIDE = 997
+COMPILING = ("torch.compile", "cut-cross-entropy", "QuACK")
+OURS = ("triton", "cuda")
 
 
 @functools.lru_cache(maxsize=1)
@@ -50,23 +52,57 @@ def _head_inputs(case: Case) -> Inputs:
     return _inputs(*(case.shape[key] for key in "TDV"), case.torch_dtype, case.device)
 
 
+def _only_at_headline(row: Row) -> Row:
+    """A peer that compiles or tunes for each shape, which takes longer than all measurements."""
+
+    def missing(case: Case) -> str:
+        if (case.shape["T"], case.shape["D"]) == (TOKENS[0], HIDDEN_SIZES[0]):
+            return row.missing(case)
+        return f"it compiles per shape: measured at T={TOKENS[0]} D={HIDDEN_SIZES[0]} only"
+
+    return replace(row, missing=missing)
+
+
 def _row(name: str, forward: Callable[..., Tensor], missing: str = "") -> Row:
     return Row(name, lambda case, inputs: differentiate(forward, case, inputs), lambda _: missing)
+
+
+def _fused(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """The fused forward over all tokens: what `fused_scores` of a configuration is decided by."""
+    from bvpo_kernels.eager.logprobs import Head, finish_rows
+    from bvpo_kernels.kernels import logprobs as rows
+    from bvpo_kernels.kernels import logprobs_gemm
+
+    count = torch.full((1,), hidden.shape[0], dtype=torch.int32, device=hidden.device)
+    state = rows.new_state(hidden.shape[0], hidden.device)
+    logprobs_gemm.fused_forward(hidden, weight, target, count, state, 0)
+    return finish_rows(
+        hidden.dtype, target, Head(weight, None, 1.0, None), state[rows.MAX], state[rows.SUM],
+        state[rows.TARGET_Z], state[rows.TARGET_SLOPE], None, None,
+    ).logprobs_T  # fmt: skip
 
 
 def _head_rows() -> tuple[Row, ...]:
     shared = {row.name: row for row in logprobs.GROUP.rows}
     ours = [
-        _row(impl, functools.partial(linear_logprobs, impl=impl), MISSING[impl])
-        for impl in ("triton", "cuda")
+        _row(impl, functools.partial(linear_logprobs, impl=impl), MISSING[impl]) for impl in OURS
     ]
-    return (shared["naive"], shared["eager"], *ours, *head.PEERS)
+    fused = replace(_row("triton, fused", _fused, MISSING["triton"]), modes=("scores",))
+    peers = [_only_at_headline(row) if row.name in COMPILING else row for row in head.PEERS]
+    return (shared["naive"], shared["eager"], *ours, fused, *peers)
+
+
+def headline(
+    mode: str, tokens: int = TOKENS[0], dim: int = HIDDEN_SIZES[0], device: str = "cuda"
+) -> Case:
+    """The case of a mode for which lines are promised; with other arguments, another case."""
+    return Case({"T": tokens, "D": dim, "V": VOCAB}, "bfloat16", mode, device, rounds=3)
 
 
 def head_group(device: str, tokens: tuple[int, ...], hidden_sizes: tuple[int, ...]) -> Group:
-    """Log-probabilities and their gradients at the sizes that are trained."""
+    """Log-probabilities and their gradients at the sizes that are trained, the headline first."""
     cases = tuple(
-        Case({"T": t, "D": d, "V": VOCAB}, "bfloat16", mode, device, rounds=3)
+        headline(mode, t, d, device)
         for t in tokens for d in hidden_sizes for mode in MODES
     )  # fmt: skip
     return Group(
@@ -76,8 +112,9 @@ def head_group(device: str, tokens: tuple[int, ...], hidden_sizes: tuple[int, ..
 
 
 class Gradients(NamedTuple):
-    trace: Tensor
-    empty: Tensor
+    """G_t and G_e, their weights, and the dW that they are added into."""
+
+    tiles: Tensor
     weights: Tensor
     dweight: Tensor
 
@@ -86,39 +123,37 @@ class Gradients(NamedTuple):
 def _gradients(rows: int, dim: int, dtype: torch.dtype, device: str) -> Gradients:
     generator = torch.Generator(device).manual_seed(0)
     on: dict[str, Any] = {"generator": generator, "device": device}
-    trace, empty, dweight = (torch.randn(rows, dim, **on) for _ in range(3))
+    tiles, dweight = torch.randn(2, rows, dim, **on), torch.randn(rows, dim, **on)
     weights = torch.tensor([0.4, 0.6], device=device)
-    return Gradients(trace, empty, weights, dweight.to(dtype))
+    return Gradients(tiles, weights, dweight.to(dtype))
 
 
 def _gradient_inputs(case: Case) -> Gradients:
     return _gradients(case.shape["V"], case.shape["D"], case.torch_dtype, case.device)
 
 
-def _naive_pair_reduce(trace: Tensor, empty: Tensor, weights: Tensor, dweight: Tensor) -> Tensor:
+def _naive_pair_reduce(tiles: Tensor, total: Tensor, weights: Tensor, add: bool) -> Tensor:
     """Three reductions and two updates, each a pass of its own."""
-    dweight += weights[0] * trace + weights[1] * empty
-    products = (trace * trace, empty * empty, trace * empty)
-    return torch.stack([product.sum() for product in products])[None]
+    trace, empty = tiles
+    change = weights[0] * trace + weights[1] * empty
+    total.copy_(total + change if add else change)
+    sums = [(a * b).sum() for a in (trace, empty) for b in (trace, empty)]
+    return torch.stack(sums).double().view(2, 2)
 
 
 def _make_pair_reduce(function: Callable[..., Tensor], case: Case, inputs: Gradients) -> Call:
     dweight = inputs.dweight.clone()  # each call adds into it
 
     def call() -> Outputs:
-        partials = function(inputs.trace, inputs.empty, inputs.weights, dweight)
-        return {"moments": partials.double().sum(0), "dweight": dweight}
+        gram = function(inputs.tiles, dweight, inputs.weights, True)
+        return {"gram": gram, "dweight": dweight}
 
     return call
 
 
-def _pair_reduce(module: str) -> Callable[..., Tensor]:
-    def function(*tensors: Tensor) -> Tensor:
-        from bvpo_kernels.gpu import cuda_kernels  # needs triton
-        from bvpo_kernels.kernels import grad_stats
-
-        chosen = {"triton": grad_stats, "cuda": cuda_kernels}[module]
-        return chosen.pair_reduce(*tensors)
+def _pair_reduce(impl: str) -> Callable[..., Tensor]:
+    def function(*arguments: Any) -> Tensor:
+        return torch.ops.bvpo.pair_reduce(*arguments, impl)
 
     return function
 
@@ -127,22 +162,28 @@ def _gradient_gate(case: Case, inputs: Gradients) -> Gate:
     rows = slice(None, None, GATE_ROW_STRIDE)
 
     def pick(outputs: Outputs) -> Outputs:
-        return {"moments": outputs["moments"], "dweight": outputs["dweight"][rows]}
+        return {"gram": outputs["gram"], "dweight": outputs["dweight"][rows]}
 
     def dot(left: Tensor, right: Tensor) -> Tensor:
         parts = zip(left.split(4096), right.split(4096), strict=True)
         return torch.stack([(a.double() * b.double()).sum() for a, b in parts]).sum()
 
-    trace, empty, weights, dweight = inputs
-    moments = torch.stack([dot(trace, trace), dot(empty, empty), dot(trace, empty)])
-    change = weights[0].double() * trace[rows].double() + weights[1].double() * empty[rows].double()
+    tiles, weights, dweight = inputs
+    gram = torch.stack([dot(a, b) for a in tiles for b in tiles]).view(2, 2)
+    change = (weights.double()[:, None, None] * tiles[:, rows].double()).sum(0)
     naive_call = _make_pair_reduce(_naive_pair_reduce, case, inputs)
     return Gate(
         inputs=inputs,
         select=pick,
-        oracle={"moments": moments, "dweight": dweight[rows].double() + change},
+        oracle={"gram": gram, "dweight": dweight[rows].double() + change},
         baseline=pick(naive_call()),
     )
+
+
+def release_inputs() -> None:
+    """Give back the memory of the last case's inputs."""
+    _gradients.cache_clear()
+    _inputs.cache_clear()
 
 
 def pair_reduce_bytes(case: Case) -> int:
@@ -156,11 +197,10 @@ def pair_reduce_group(device: str, rows: int = VOCAB, dim: int = 4096) -> Group:
         Case({"V": rows, "D": dim}, dtype, "pair_reduce", device, rounds=7)
         for dtype in ("bfloat16", "float32")
     )
-    names = ("triton", "cuda")
     ours = [
         Row(name, functools.partial(_make_pair_reduce, _pair_reduce(name)),
             functools.partial(lambda why, _: why, MISSING[name]))
-        for name in names
+        for name in OURS
     ]  # fmt: skip
     baseline = Row("naive", functools.partial(_make_pair_reduce, _naive_pair_reduce))
     return Group(

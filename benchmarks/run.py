@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -188,6 +189,7 @@ def run_group(
     update: bool = False,
     longest: float | None = None,
     no_memory: bool = False,
+    until: float = math.inf,
 ) -> Path:
     """Measure a group; returns the path of the CSV, beside which the PNG lies.
 
@@ -205,6 +207,7 @@ def run_group(
         longest: seconds of a call; a row that, by its time at fewer tokens in the same mode, would
             take longer is not started, and says so.
         no_memory: leave peak memory out, which runs every row once more, in a process of its own.
+        until: what `time.monotonic()` says when no further case is begun; the first always is.
     """
     cases = select_cases(group, quick, filter)
     every_row = [row.name for row in group.rows]
@@ -224,8 +227,12 @@ def run_group(
     steps = sum((rounds or case.rounds) * len(group.rows_of(case)) for case in cases)
     with tqdm(total=steps, unit="sample") as bar:
         done = 0
-        for case in cases:
+        for number, case in enumerate(cases):
             bar.set_description(case.name)
+            if number and time.monotonic() > until:
+                left = ", ".join(case.name for case in cases[number:])
+                print(f"Out of time, not measured: {left}")
+                break
             known = [*earlier, *found]
             refused = {row.name: too_long(row, case, known, longest) for row in group.rows_of(case)}
             found += run_case(group, case, rounds, bar, refused)

@@ -63,7 +63,7 @@ LIB.define(
     "int column_start, float softcap, float inv_temperature) -> ()"
 )
 LIB.define(
-    "cuda_pair_reduce(Tensor g_trace, Tensor g_empty, Tensor weights, Tensor(a!) dweight, "
+    "cuda_pair_reduce(Tensor tiles, Tensor? weights, Tensor(a!) total, bool add, "
     "Tensor(b!) partials) -> ()"
 )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bvpo_kernels.kernels.grad_stats import TILE
+from bvpo_kernels.kernels.grad_stats import TILE, check_pair_reduce, gram_of_pair
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
@@ -74,8 +74,11 @@ def backward_rows(z, dz, target_T, count, upstream_T, coefficient_T, max_T, logs
     )  # fmt: skip
 
 
-def pair_reduce(g_trace, g_empty, weights, dweight):
-    partials = torch.empty(-(-dweight.numel() // TILE), 3)
-    _call("pair_reduce", g_trace, g_empty, weights, dweight, _half(dweight), partials,
-          dweight.numel(), GRID)  # fmt: skip
-    return partials
+def pair_reduce(tiles_KRD, total_RD, weights_K=None, add=False):
+    check_pair_reduce(tiles_KRD, total_RD, weights_K)
+    partials = torch.empty(-(-total_RD.numel() // TILE), 3)
+    trace, empty = tiles_KRD
+    vector = all(t.data_ptr() % 16 == 0 for t in (trace, empty, total_RD))
+    _call("pair_reduce", trace, empty, weights_K, int(add), total_RD, _half(total_RD), partials,
+          total_RD.numel(), int(vector), GRID)  # fmt: skip
+    return gram_of_pair(partials)

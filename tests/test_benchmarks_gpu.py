@@ -32,7 +32,8 @@ def test_head_group_gates_and_times(monkeypatch):
     assert [case.mode for case in group.cases] == ["scores", "frozen", "trained"]
     for case in group.cases:
         states = statuses(run.run_case(group, case, 1, tqdm(disable=True)))
-        for row in ("naive", "eager", *(["triton"] if backends.INTERPRETED else [])):
+        ours = [name for name in ("triton", "triton, fused") if name in states]
+        for row in ("naive", "eager", *(ours if backends.INTERPRETED else [])):
             assert states[row].startswith("ok"), (row, states[row])
         assert states["Liger"].startswith((records.MISSING, records.FAILED, "ok"))
 
@@ -50,8 +51,8 @@ def test_the_gate_of_pair_reduce_rejects_a_wrong_kernel():
     case = group.cases[1]
     gate = group.gate(case, group.make_inputs(case))
 
-    def wrong(trace, empty, weights, dweight):
-        return gpu_groups._naive_pair_reduce(trace, empty, weights.flip(0), dweight) * (1 + 1e-4)
+    def wrong(tiles, total, weights, add):
+        return gpu_groups._naive_pair_reduce(tiles, total, weights.flip(0), add) * (1 + 1e-4)
 
     for function, outputs in ((gpu_groups._naive_pair_reduce, 0), (wrong, 2)):
         call = gpu_groups._make_pair_reduce(function, case, gate.inputs)
@@ -64,6 +65,8 @@ def test_rates_count_the_needed_work():
     rows = [
         records.record("g", case, "triton", "time", 2.0, "s"),
         records.record("g", case, "triton", "peak_memory", 7.0, "MiB"),
+        records.record("g", case, "triton", "relative_error:dhidden", 3e-3, ""),
+        records.record("g", case, "triton", "relative_error:dweight", 2e-3, ""),
         records.record("g", case, "liger", "status", None, "", "missing: liger"),
         records.record("p", pair, "cuda", "time", 0.5, "s"),
     ]
@@ -74,6 +77,46 @@ def test_rates_count_the_needed_work():
     )
     assert table["share_of_ceiling"].tolist() == pytest.approx([0.3, 0.48])
     assert table["ms"].tolist() == [2000.0, 500.0]
+    assert table["error"].tolist() == pytest.approx([3e-3, float("nan")], nan_ok=True)
+
+
+def test_lines_say_what_holds():
+    def row(case, name, ms, share=0.5, extra=100.0, unit="TFLOP/s"):
+        return (case, name, ms, 1.0, unit, share, extra, 1e-3)
+
+    scores, frozen = (gpu_groups.headline(mode).name for mode in ("scores", "frozen"))
+    table = pd.DataFrame(
+        [
+            row(scores, "triton", 17.0), row(scores, "cuda", 19.0), row(scores, "Liger", 16.0),
+            row(scores, "TRL chunked", 40.0), row(frozen, "cuda", 37.0, extra=1025.0),
+            row("V=1 pair_reduce", "cuda", 1.0, 0.84, unit="GB/s"),
+            row("V=1 pair_reduce", "triton", 1.0, 0.86, unit="GB/s"),
+        ],
+        columns=gpu.COLUMNS,
+    )  # fmt: skip
+    found = gpu.lines(table).set_index("line")["holds"].to_dict()
+    assert found == {
+        "scores: ms": True, "scores: extra MiB": True, "scores: ms, Liger": False,
+        "scores: ms, TRL chunked": True, "frozen: ms": False, "frozen: extra MiB": False,
+        "V=1 pair_reduce: share of copy": True,
+    }  # fmt: skip
+
+
+def test_peers_that_compile_per_shape_run_at_the_headline_only():
+    group = gpu_groups.head_group("cuda", gpu_groups.TOKENS, gpu_groups.HIDDEN_SIZES)
+    assert len(group.cases) == 18
+    assert group.cases[:3] == tuple(map(gpu_groups.headline, gpu_groups.MODES))
+    row = group.row("torch.compile")
+    assert not any(row.missing(case) for case in group.cases[:3])
+    assert all("compiles per shape" in row.missing(case) for case in group.cases[3:])
+
+
+def test_no_case_begins_when_the_time_is_up(tmp_path, capsys):
+    group = gpu_groups.pair_reduce_group("cpu", rows=30, dim=8)
+    path = run.run_group(group, out=tmp_path, rounds=1, until=0.0)
+    measured = records.read_csv(path)["case"].unique().tolist()
+    assert measured == [group.cases[0].name]
+    assert f"Out of time, not measured: {group.cases[1].name}" in capsys.readouterr().out
 
 
 def test_help_explains_itself(capsys):
@@ -81,8 +124,8 @@ def test_help_explains_itself(capsys):
         gpu.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert "--out" in text
-    assert "copy" in text
+    for word in ("--out", "--minutes", "--quick", "copy", "pair_reduce", "fp64", "lines.csv"):
+        assert word in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")

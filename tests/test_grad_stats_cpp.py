@@ -86,7 +86,7 @@ def test_bitwise_the_same_for_any_number_of_threads(dtype, workspace):
         one = head(case, "cpp", plan("sketch"), workspace=workspace)
         tiles, total = torch.randn(5, 301, 77, generator=torch.Generator().manual_seed(1)), []
         total = torch.empty(301, 77, dtype=dtype)
-        one["gram"] = torch.ops.bvpo.pair_reduce_into(tiles.to(dtype), total)
+        one["gram"] = torch.ops.bvpo.pair_reduce(tiles.to(dtype), total)
         sums = torch.ops.bvpo.cpu_norm_sums(
             tiles[0], tiles[1], torch.tensor([[0, 130], [130, 301]]), 1e-5, True, True, True
         )
@@ -138,7 +138,7 @@ def test_pair_reduce(groups, dtype):
     generator = torch.Generator().manual_seed(groups)
     tiles = torch.randn(groups, 83, 51, generator=generator).to(dtype)
     total = torch.empty(83, 51, dtype=dtype)
-    gram = torch.ops.bvpo.pair_reduce_into(tiles, total)
+    gram = torch.ops.bvpo.pair_reduce(tiles, total)
     wide = tiles.double().flatten(1)
     torch.testing.assert_close(gram, wide @ wide.T, rtol=1e-6, atol=1e-6 * wide[0].norm() ** 2)
     assert dtype == torch.float16 or torch.equal(gram, gram.T)

@@ -120,9 +120,9 @@ def test_opcheck(exact, impl, kept):
     rows = torch.tensor([0, 2, 5]) if exact else None
     checks = ("test_schema", "test_faketensor")
     op = torch.ops.bvpo
-    torch.library.opcheck(op.pair_reduce.default, (torch.randn(3, 4, 5),), test_utils=checks)
-    into = (torch.randn(3, 4, 5), torch.zeros(4, 5))
-    torch.library.opcheck(op.pair_reduce_into.default, into, test_utils=checks)
+    for options in ((), (torch.rand(3), True, "eager")):
+        call = (torch.randn(3, 4, 5), torch.zeros(4, 5), *options)
+        torch.library.opcheck(op.pair_reduce.default, call, test_utils=checks)
     for arguments in (
         (op.grouped_linear_backward, dy, x, True, True, rows),
         (op.grouped_linear_backward, dy, x, False, True, None),
@@ -140,12 +140,3 @@ def test_opcheck(exact, impl, kept):
         None, -100, 1000, impl, True, True, True, rows,
     )  # fmt: skip
     torch.library.opcheck(op.linear_logprobs_statistics.default, (*call, *plan), test_utils=checks)
-
-
-def test_pair_reduce():
-    tiles = torch.randn(3, 130, 70)
-    total, gram = torch.ops.bvpo.pair_reduce(tiles)
-    flat = tiles.double().flatten(1)
-    torch.testing.assert_close(total, tiles.sum(0))
-    torch.testing.assert_close(gram, flat @ flat.T, rtol=1e-6, atol=1e-4)
-    assert gram.dtype == torch.float64

@@ -59,10 +59,15 @@ def inner_products(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
-def pair_reduce(tiles_KRD: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_k A_k and <A_k, A_l> of K tiles; the sum in the accumulation dtype, the Gram in fp64."""
+def pair_reduce(
+    tiles_KRD: Tensor, total_RD: Tensor, weights_K: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """total = sum_k w_k A_k, with `add` added to what it holds; returns <A_k, A_l> in fp64."""
     tiles_KRD = tiles_KRD.to(accumulate_dtype(tiles_KRD.dtype))
-    return tiles_KRD.sum(0), inner_products(tiles_KRD, tiles_KRD)
+    weighted_KRD = tiles_KRD if weights_K is None else weights_K[:, None, None] * tiles_KRD
+    sum_RD = weighted_KRD.sum(0)
+    total_RD.copy_(sum_RD + total_RD if add else sum_RD)
+    return inner_products(tiles_KRD, tiles_KRD)
 
 
 def signs(size: int, k: int, seed: Tensor, layer: int, side: int, like: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ class Gatherer:
 
     def add(self, rows: slice, tiles_GRD: Tensor, total_RD: Tensor) -> None:
         """Take in the gradients of `rows` of the parameter; writes their sum over the groups."""
-        self.gram_GG += torch.ops.bvpo.pair_reduce_into(tiles_GRD, total_RD)
+        self.gram_GG += torch.ops.bvpo.pair_reduce(tiles_GRD, total_RD)
         if self.plan.num_kinds:
             kinds_KRD = self.kinds_KPD[:, rows]
             kinds_KRD.index_add_(0, self.plan.kinds_G, tiles_GRD.to(kinds_KRD.dtype))

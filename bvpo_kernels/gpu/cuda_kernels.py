@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bvpo_kernels.kernels.grad_stats import TILE
+from bvpo_kernels.kernels.grad_stats import TILE, check_pair_reduce, gram_of_pair
 
 
 def _fp32(bias_V: Tensor | None) -> Tensor | None:
@@ -36,10 +36,14 @@ def backward_rows(
     )  # fmt: skip
 
 
-def pair_reduce(g_trace: Tensor, g_empty: Tensor, weights: Tensor, dweight: Tensor) -> Tensor:
-    """`kernels.grad_stats.pair_reduce` by csrc/cuda/pair_reduce.cu."""
-    num_tiles = -(-dweight.numel() // TILE)
-    partials = torch.empty(num_tiles, 3, device=dweight.device)
-    if num_tiles:
-        torch.ops.bvpo.cuda_pair_reduce(g_trace, g_empty, weights, dweight, partials)
-    return partials
+def pair_reduce(
+    tiles_KRD: Tensor, total_RD: Tensor, weights_K: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """`kernels.grad_stats.pair_reduce` of two tiles by csrc/cuda/pair_reduce.cu."""
+    check_pair_reduce(tiles_KRD, total_RD, weights_K)
+    if tiles_KRD.shape[0] != 2:
+        raise ValueError(f"tiles: expected 2 of them, got {tiles_KRD.shape[0]}")
+    partials = torch.empty(-(-total_RD.numel() // TILE), 3, device=total_RD.device)
+    if total_RD.numel():
+        torch.ops.bvpo.cuda_pair_reduce(tiles_KRD, weights_K, total_RD, add, partials)
+    return gram_of_pair(partials)

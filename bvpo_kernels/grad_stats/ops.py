@@ -1,4 +1,4 @@
-"""Operators of the gradient statistics: schemas, fakes, and the eager backend.
+"""Operators of the gradient statistics: schemas, fakes, and the choice of the backend.
 
 They run in backward passes only and are opaque to the compiler: group ranges are data, so a graph
 is traced once for all batches. Results that are not wanted are empty. The last seven arguments but
@@ -20,13 +20,22 @@ from bvpo_kernels.eager.grad_stats import Plan, kept_shape
 from bvpo_kernels.eager.logprobs import accumulate_dtype
 from bvpo_kernels.ops import LIB
 
+_REDUCE: dict[str, Any] = {"eager": eager.pair_reduce}
+if not backends.MISSING["triton"]:  # importing these modules needs triton
+    from bvpo_kernels.gpu import cuda_kernels
+    from bvpo_kernels.kernels import grad_stats as triton_reduce
+
+    _REDUCE |= {"triton": triton_reduce.pair_reduce, "cuda": cuda_kernels.pair_reduce}
+
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 _PLAN = (
     "Tensor ranges, Tensor kinds, Tensor seed, int num_layers, bool exact, int sketch, "
     "int num_kinds, int layer"
 )
-LIB.define("pair_reduce(Tensor tiles) -> (Tensor total, Tensor gram)")
-LIB.define("pair_reduce_into(Tensor tiles, Tensor(a!) total) -> Tensor gram")
+LIB.define(
+    "pair_reduce(Tensor tiles, Tensor(a!) total, Tensor? weights=None, bool add=False, "
+    'str impl="auto") -> Tensor gram'
+)
 LIB.define(
     "grouped_linear_backward(Tensor dy, Tensor x, bool need_weight, bool need_bias, Tensor? rows, "
     f"{_PLAN}) -> (Tensor dweight, Tensor dbias, Tensor record, Tensor kept_weight, "
@@ -89,33 +98,44 @@ def _rows(plan: Plan, rows: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(shape, dtype=accumulate_dtype(like.dtype))
 
 
+def _cannot_reduce(name: str, tiles: Tensor, total: Tensor, plain: bool) -> str:
+    """Why a backend that is installed cannot serve this `pair_reduce`; '' when it can."""
+    device, count = tiles.device.type, tiles.shape[0]
+    if name == "reference":
+        return "it has no pair_reduce"
+    if name == "cpp" and not (plain and _compiled(tiles, total)):
+        return "it serves CPU tensors in fp32 and bf16, without weights, into a new sum"
+    if name in ("cuda", "triton"):
+        served = device == "cuda" or (name == "triton" and backends.INTERPRETED)
+        if not served:
+            return f"it serves CUDA tensors, got {device}"
+        if torch.float64 in (tiles.dtype, total.dtype):
+            return "it serves bf16, fp16 and fp32, got torch.float64"
+    if name == "triton" and count > triton_reduce.MAX_TILES:
+        return f"it serves at most {triton_reduce.MAX_TILES} tiles, got {count}"
+    if name == "cuda" and (count != 2 or torch.float16 in (tiles.dtype, total.dtype)):
+        return f"it serves two tiles in fp32 or bf16, got {count} in {tiles.dtype}"
+    return ""
+
+
 @torch.library.impl(LIB, "pair_reduce", "CompositeExplicitAutograd")
-def _pair_reduce(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and Gram matrix of K tiles [K, R, D], each read once: the sum in fp32 (fp64 for fp64),
-    the Gram matrix [K, K] in fp64. Two kinds of a unit give |g_t|^2, |g_e|^2 and <g_t, g_e>."""
-    return eager.pair_reduce(tiles)
-
-
-@torch.library.impl(LIB, "pair_reduce_into", "CompositeExplicitAutograd")
-def _pair_reduce_into(tiles: Tensor, total: Tensor) -> Tensor:
-    """`pair_reduce` whose sum is rounded once, into `total`; returns the Gram matrix."""
-    if _compiled(tiles, total):
+def _pair_reduce(
+    tiles: Tensor, total: Tensor, weights: Tensor | None = None, add: bool = False,
+    impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """total = sum_k w_k A_k of K tiles [K, R, D] (weights None: 1; add: added to what it holds),
+    in fp32 (fp64 for fp64), rounded once; returns the Gram matrix <A_k, A_l> [K, K] in fp64. Two
+    kinds of a unit give |g_t|^2, |g_e|^2 and <g_t, g_e>."""
+    plain = weights is None and not add
+    chosen = backends.choose(impl, lambda name: _cannot_reduce(name, tiles, total, plain))
+    if chosen == "cpp":
         return torch.ops.bvpo.cpu_pair_reduce(tiles, total)
-    own, gram = torch.ops.bvpo.pair_reduce(tiles)
-    total.copy_(own)
-    return gram
-
-
-@torch.library.register_fake("bvpo::pair_reduce_into", lib=LIB)
-def _pair_reduce_into_fake(tiles, total):
-    return tiles.new_empty((tiles.shape[0], tiles.shape[0]), dtype=torch.float64)
+    return _REDUCE[chosen](tiles, total, weights, add)
 
 
 @torch.library.register_fake("bvpo::pair_reduce", lib=LIB)
-def _pair_reduce_fake(tiles):
-    kinds = tiles.shape[0]
-    total = tiles.new_empty(tiles.shape[1:], dtype=accumulate_dtype(tiles.dtype))
-    return total, tiles.new_empty((kinds, kinds), dtype=torch.float64)
+def _pair_reduce_fake(tiles, total, weights=None, add=False, impl="auto"):
+    return tiles.new_empty((tiles.shape[0], tiles.shape[0]), dtype=torch.float64)
 
 
 @torch.library.impl(LIB, "grouped_linear_backward", "CompositeExplicitAutograd")

@@ -9,6 +9,7 @@ kernel without tensor cores.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -69,16 +70,18 @@ def _row_cases(arch: int) -> Iterator[Case]:
     aligned = ("z_ptr", "z_stride", "p_ptr", "p_stride", "dz_ptr", "dz_stride", "columns")
     common = {"z_ptr": "*fp32", "bias_ptr": "*bf16", "target_ptr": "*i64", "count_ptr": "*i32",
               "softcap": "fp32", "inv_temperature": "fp32"}  # fmt: skip
-    forward = common | {"p_ptr": "*bf16", "state_ptr": "*fp32"}
-    for name, options_on in (
-        ("scores", ()), ("entropy", ("HAS_ENTROPY",)), ("frozen", ("HAS_P",)),
-        ("frozen all", ("HAS_P", "HAS_ENTROPY", "HAS_SOFTCAP", "HAS_BIAS")),
+    forward = common | {"state_ptr": "*fp32"}
+    for name, dtype, options_on in (
+        ("scores", "*fp32", ()), ("entropy", "*fp32", ("HAS_ENTROPY",)),
+        ("frozen", "*bf16", ("HAS_P",)), ("frozen fp16", "*fp16", ("HAS_P",)),
+        ("frozen all", "*fp32", ("HAS_P", "HAS_ENTROPY", "HAS_SOFTCAP", "HAS_BIAS")),
     ):  # fmt: skip
         flags = {f: f in options_on for f in ("HAS_BIAS", "HAS_SOFTCAP", "HAS_ENTROPY", "HAS_P")}
-        yield Case(f"rows forward, {name}", logprobs._forward_kernel, forward, flags | blocks,
-                   options, aligned)  # fmt: skip
+        yield Case(f"rows forward, {name}", logprobs._forward_kernel, forward | {"p_ptr": dtype},
+                   flags | blocks, options, aligned)  # fmt: skip
     vectors = ("upstream_ptr", "coefficient_ptr", "max_ptr", "logsum_ptr")
-    for name, dtype, on in (("bf16", "*bf16", False), ("fp32, softcap, bias", "*fp32", True)):
+    for name, dtype, on in (("bf16", "*bf16", False), ("fp16", "*fp16", False),
+                            ("fp32, softcap, bias", "*fp32", True)):  # fmt: skip
         types = common | {"dz_ptr": dtype} | dict.fromkeys(vectors, "*fp32")
         flags = {"HAS_BIAS": on, "HAS_SOFTCAP": on}
         yield Case(f"rows backward, {name}", logprobs._backward_kernel, types, flags | blocks,
@@ -124,7 +127,7 @@ def _fused_cases(arch: int) -> Iterator[Case]:
 
 
 def _other_cases() -> Iterator[Case]:
-    from bvpo_kernels.kernels import grad_stats, packing
+    from bvpo_kernels.kernels import packing
 
     block = {"BLOCK": packing._BLOCK}
     default = {"num_warps": 4}
@@ -142,13 +145,27 @@ def _other_cases() -> Iterator[Case]:
         constants = block | {"SCATTER": name == "scatter rows", "ROWS": 1}
         yield Case(name, packing._move_rows_kernel, types, constants, default,
                    ("source_ptr", "out_ptr", "source_stride", "out_stride", "columns"))  # fmt: skip
+
+
+def _reduce_cases() -> Iterator[Case]:
+    from bvpo_kernels.kernels import grad_stats
+
+    gradients = dict.fromkeys(("trace_ptr", "empty_ptr", "tiles_ptr"), "*fp32")
+    floats = dict.fromkeys(("weights_ptr", "partials_ptr"), "*fp32")
     for dtype in ("*fp32", "*bf16"):
-        types = {"trace_ptr": "*fp32", "empty_ptr": "*fp32", "weights_ptr": "*fp32",
-                 "dweight_ptr": dtype, "partials_ptr": "*fp32"}  # fmt: skip
-        constants = {"TILE": grad_stats.TILE, "BLOCK": grad_stats._BLOCK}
-        aligned = ("trace_ptr", "empty_ptr", "dweight_ptr", "numel")
-        yield Case(f"pair_reduce, dW {dtype[1:]}", grad_stats._pair_reduce_kernel, types,
-                   constants, {"num_warps": 8}, aligned)  # fmt: skip
+        types = gradients | floats | {"total_ptr": dtype}
+        for name, mixed in (("", False), (", weights, added", True)):
+            flags: dict[str, Any] = {"HAS_WEIGHTS": mixed, "ADD": mixed}
+            two = flags | {"TILE": grad_stats.TILE, "BLOCK": grad_stats._BLOCK}
+            aligned = ("trace_ptr", "empty_ptr", "tiles_ptr", "tiles_stride", "total_ptr", "numel")
+            yield Case(f"pair_reduce, dW {dtype[1:]}{name}", grad_stats._pair_reduce_kernel, types,
+                       two, {"num_warps": 8}, aligned)  # fmt: skip
+            for padded in (16, grad_stats.MAX_TILES):
+                many = {"PADDED": padded, "TILE": grad_stats.GROUP_TILE,
+                        "BLOCK": grad_stats._GROUP_BLOCK}  # fmt: skip
+                yield Case(f"pair_reduce of {padded}, dW {dtype[1:]}{name}",
+                           grad_stats._group_reduce_kernel, types, flags | many,
+                           {"num_warps": 4}, aligned)  # fmt: skip
 
 
 def _tail_cases(arch: int) -> Iterator[Case]:
@@ -174,21 +191,26 @@ def _tail_cases(arch: int) -> Iterator[Case]:
         yield Case(f"sum rows, {name}", tail._sum_rows_kernel, types | {"out_ptr": out},
                    {"HAS_OWN": own, "ADD": not own, "BLOCK": tail._BLOCK_D}, warps,
                    ("rows_ptr", "rows_stride", "out_ptr", "out_stride", "dim"))  # fmt: skip
-    for name, rows, add in (("z", True, False), ("dH", True, True), ("dW", False, True)):
-        shape = shapes.gemm_small
+    for (name, rows, add), (dtype, shape) in itertools.product(
+        (("z", True, False), ("dH", True, True), ("dW", False, True)),
+        (("bf16", shapes.gemm_small), ("fp16", shapes.gemm_small), ("fp32", shapes.gemm_fp32)),
+    ):
         constants = {"COUNT_ROWS": rows, "ADD": add, "UPCAST": False, "PRECISION": "ieee",
-                     "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n,
-                     "BLOCK_K": shape.block_d}  # fmt: skip
-        yield Case(f"counted product, {name}", tail._counted_mm_kernel,
-                   types | {"a_ptr": "*bf16", "b_ptr": "*bf16"}, constants,
+                     "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_d,
+                     "GROUP_M": shape.group_m}  # fmt: skip
+        yield Case(f"counted product, {name} {dtype}", tail._counted_mm_kernel,
+                   types | {"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}"}, constants,
                    {"num_warps": shape.num_warps, "num_stages": shape.num_stages},
                    ("a_ptr", "b_ptr", "c_ptr", "a_m", "c_m", "N"),
-                   matrix=True)  # fmt: skip
+                   matrix=dtype != "fp32")  # fmt: skip
 
 
 def cases(arch: int) -> list[Case]:
     """Every Triton kernel of the package in every variant that is checked."""
-    return [*_row_cases(arch), *_fused_cases(arch), *_other_cases(), *_tail_cases(arch)]
+    return [
+        *_row_cases(arch), *_fused_cases(arch), *_other_cases(), *_reduce_cases(),
+        *_tail_cases(arch),
+    ]  # fmt: skip
 
 
 def _tool(name: str) -> str:
@@ -281,6 +303,19 @@ def _demangle(name: str) -> str:
     return kernel[1] if kernel else full.strip()
 
 
+def publish(reports: Sequence[Report]) -> int:
+    """Print the table and what fails in it; returns the exit status."""
+    width = max(len(r.kernel) for r in reports)
+    print(f"{'kernel':<{width}}  arch    regs  spill B  shared B  MMA")
+    for r in sorted(reports, key=lambda r: (r.kernel, r.arch)):
+        numbers = f"{r.registers:>4}  {r.spills:>7}  {r.shared:>8}"
+        print(f"{r.kernel:<{width}}  sm_{r.arch:<4} {numbers}  {r.mma or '-'}")
+    failures = [f"{r.kernel}, sm_{r.arch}: {why}" for r in reports for why in r.failures()]
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser("python -m bvpo_kernels.kernels.aot", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
@@ -296,17 +331,9 @@ def main() -> int:
     for source in sorted(SOURCES.glob("*.cu")):
         if nvcc and arguments.only in source.name:
             reports += compile_cuda(source, arguments.arch, nvcc)
-    width = max(len(r.kernel) for r in reports)
-    print(f"{'kernel':<{width}}  arch    regs  spill B  shared B  MMA")
-    for r in sorted(reports, key=lambda r: (r.kernel, r.arch)):
-        numbers = f"{r.registers:>4}  {r.spills:>7}  {r.shared:>8}"
-        print(f"{r.kernel:<{width}}  sm_{r.arch:<4} {numbers}  {r.mma or '-'}")
     if nvcc is None:
-        print("nvcc is not on PATH: csrc/cuda was not compiled")
-    failures = [f"{r.kernel}, sm_{r.arch}: {why}" for r in reports for why in r.failures()]
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures else 0
+        print("nvcc is not on PATH: csrc/cuda is not compiled")
+    return publish(reports)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ class GemmConfig(NamedTuple):
     """A matrix kernel: tile of tokens x vocabulary, `block_d` of the hidden size per step.
 
     `group_m` token tiles run through the vocabulary together, so that their hidden rows and one
-    weight tile at a time stay in L2. `tma`: load through tensor descriptors.
+    weight tile at a time stay in L2 (4096 rows of D = 4096 in bf16 are 32 MiB; an H100 has 50).
+    `tma`: load through tensor descriptors.
     """
 
     block_m: int
@@ -37,12 +38,18 @@ class GemmConfig(NamedTuple):
 
 class Config(NamedTuple):
     """`gemm_small` serves what leaves no registers beside a large tile: softcap or bias, and
-    rows that tensor descriptors cannot follow."""
+    rows that tensor descriptors cannot follow.
+
+    fused_scores: the fused forward has been measured to be faster for scores only than cuBLAS and
+    the row kernel (rows "triton" and "triton, fused" of `python -m benchmarks.gpu`). Nothing has
+    been measured yet; where this is False it serves calls whose workspace holds no tile.
+    """
 
     rows: RowConfig
     gemm: GemmConfig
     gemm_small: GemmConfig
     gemm_fp32: GemmConfig
+    fused_scores: bool = False
 
 
 _ROWS = RowConfig(rows=1, block=2048, num_warps=4)
@@ -57,7 +64,9 @@ CONFIGS: dict[str, Config] = {
     "sm_90": Config(_ROWS, GemmConfig(128, 256, 64, 32, 8, 4, tma=True), _SMALL, _FP32),
     # 128 x 256 spills in the epilogue here.
     "sm_100": Config(_ROWS, GemmConfig(256, 128, 64, 16, 8, 4, tma=True), _SMALL, _FP32),
-    "interpreter": Config(RowConfig(rows=64, block=256, num_warps=1), *[_INTERPRETED] * 3),
+    "interpreter": Config(
+        RowConfig(rows=64, block=256, num_warps=1), _INTERPRETED, _INTERPRETED, _INTERPRETED
+    ),
 }
 
 

@@ -23,9 +23,9 @@ MERGE_ROWS = 128
 
 
 @triton.jit
-def _tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """Tokens run fastest, `GROUP_M` tiles of them at a time: each weight tile is read from memory
-    once per group, and the group's hidden rows stay in L2."""
+def tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """Row tiles run fastest, `GROUP_M` of them at a time: each tile of the right factor is read
+    from memory once per group, and the group's rows of the left one stay in L2."""
     per_group = GROUP_M * num_n
     first_m = (pid // per_group) * GROUP_M
     size = tl.minimum(num_m - first_m, GROUP_M)
@@ -74,7 +74,7 @@ def _fused_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     num_m, num_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(vocab, BLOCK_N)
-    m, n = _tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
+    m, n = tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
     count = tl.load(count_ptr) - row_start
     if m * BLOCK_M >= count:
         return  # ignored tokens, compacted to the end, cost nothing

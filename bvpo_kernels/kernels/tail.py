@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bvpo_kernels.kernels.configs import config
 from bvpo_kernels.kernels.logprobs import MAX, RESCALE, SUM, _load_bias, finish_logit
+from bvpo_kernels.kernels.logprobs_gemm import tile_of
 from bvpo_kernels.kernels.narrow import narrow
 
 _HIGHEST = tl.constexpr(3.0e38)
@@ -94,10 +95,10 @@ def _sum_rows_kernel(
 def _counted_mm_kernel(
     a_ptr, b_ptr, c_ptr, count_ptr, first, M, N, K, a_m, a_k, b_k, b_n, c_m,
     COUNT_ROWS: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     count = tl.maximum(tl.load(count_ptr) - first, 0)
-    m, n = tl.program_id(0), tl.program_id(1)
+    m, n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     if COUNT_ROWS:
         if m * BLOCK_M >= count:
             return
@@ -195,9 +196,9 @@ def counted_mm(
     tile = shape.gemm_fp32 if left.dtype == torch.float32 else shape.gemm_small
     interpreted = left.device.type == "cpu"
     (m, k), n = left.shape, right.shape[1]
-    _counted_mm_kernel[(triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n))](
+    _counted_mm_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
         left, right, out, count, first, m, n, k, *left.stride(), *right.stride(), out.stride(0),
         COUNT_ROWS=rows, ADD=add, UPCAST=interpreted, PRECISION="ieee",
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_d,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_d, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-// csrc/cuda's kernels behind a C interface, run on the host; called by tests/test_kernels_cuda.py.
+// csrc/cuda's kernels behind a C interface, run on the host; called by tests/cuda_on_host.py.
 #include "pair_reduce.cuh"
 #include "rows.cuh"
 
@@ -45,17 +45,19 @@ void rows_backward(const float* z, long stride, int rows, int columns, int colum
   vector ? typed(std::true_type{}) : typed(std::false_type{});
 }
 
-void pair_reduce(const float* trace, const float* empty, const float* weights, void* dweight,
-                 int is_half, float* partials, long numel, int grid) {
+void pair_reduce(const float* trace, const float* empty, const float* weights, int add, void* total,
+                 int is_half, float* partials, long numel, int vector, int grid) {
   const int64_t tiles = (numel + kTile - 1) / kTile;
-  launch(grid, kReduceThreads, [&] {
-    if (is_half) {
-      auto* out = static_cast<__nv_bfloat16*>(dweight);
-      pair_reduce_kernel(trace, empty, weights, out, partials, numel, tiles);
-    } else {
-      auto* out = static_cast<float*>(dweight);
-      pair_reduce_kernel(trace, empty, weights, out, partials, numel, tiles);
-    }
-  });
+  const auto run = [&](auto* out, auto has_vector) {
+    launch(grid, kReduceThreads, [&] {
+      pair_reduce_kernel<decltype(has_vector)::value>(trace, empty, weights, add != 0, out,
+                                                      partials, numel, tiles);
+    });
+  };
+  const auto typed = [&](auto has_vector) {
+    if (is_half) return run(static_cast<__nv_bfloat16*>(total), has_vector);
+    run(static_cast<float*>(total), has_vector);
+  };
+  vector ? typed(std::true_type{}) : typed(std::false_type{});
 }
 }
