@@ -10,7 +10,8 @@ import torch
 
 from bvpo_kernels import compiled
 
-# `impl="auto"` takes the first of these that can serve the call.
+# `impl="auto"` takes the first of these that can serve the call. "cuda" before "triton" is an
+# unmeasured estimate: they move the same bytes (csrc/cuda/README.md); `benchmarks.gpu` will tell.
 PREFERENCE = ("cuda", "triton", "cpp", "eager")
 # Triton's interpreter runs the kernels on CPU tensors, for tests: never chosen by "auto".
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -94,7 +94,7 @@ def _autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = ...,
     temperature: float = ..., softcap: float | None = ..., ignore_index: int = ...,
-    tail_tolerance: float = ..., workspace_bytes: int | None = ...,
+    tail_tolerance: float = ..., workspace_bytes: int | None = ..., max_scored: int | None = ...,
     return_entropy: Literal[False] = ..., impl: str = ...,
 ) -> Tensor: ...  # fmt: skip
 
@@ -103,7 +103,7 @@ def linear_logprobs(
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = ...,
     temperature: float = ..., softcap: float | None = ..., ignore_index: int = ...,
-    tail_tolerance: float = ..., workspace_bytes: int | None = ...,
+    tail_tolerance: float = ..., workspace_bytes: int | None = ..., max_scored: int | None = ...,
     return_entropy: Literal[True], impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -119,6 +119,7 @@ def linear_logprobs(
     ignore_index: int = IGNORE_INDEX,
     tail_tolerance: float = 0.0,
     workspace_bytes: int | None = None,
+    max_scored: int | None = None,
     return_entropy: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -133,12 +134,15 @@ def linear_logprobs(
         bias: [V] or None, any float dtype.
         temperature: divides the logits, after the softcap.
         softcap: c of z -> c tanh(z / c) (Gemma), or None.
-        ignore_index: target of rows that are not scored: result 0, no gradient, and on CPU no work.
+        ignore_index: target of rows that are not scored: result 0, no gradient, and on CPU no work
+            (on a GPU: see `max_scored`).
         tail_tolerance: probability per token that the backward may leave out, relative to the
             largest upstream gradient; 0 is exact. The error is bounded (`tail_certificates`).
             While gradient statistics are collected the backward is exact.
         workspace_bytes: bound on temporary memory, default 128 MiB, on a GPU 1 GiB; never
             depends on T.
+        max_scored: how many rows are scored at most, where the host knows it (`PackedBatch` does):
+            `triton` and `cuda` then multiply this many rows and not T, without asking the device.
         return_entropy: also return the entropy of each row, in nats, [T]. Not differentiable.
         impl: "auto", or "reference", "eager", "cpp", ... (`python -m bvpo_kernels` lists them).
 
@@ -171,6 +175,8 @@ def linear_logprobs(
             hidden, weight, target, bias = vocab_parallel.unwrap(hidden, weight, target, bias)
     hidden, weight = _autocast(device, hidden, weight)  # type: ignore[assignment]
     _validate(hidden, weight, target, bias, temperature, softcap, tail_tolerance, workspace)
+    if max_scored is not None and max_scored < 0:
+        raise ValueError(f"max_scored: expected None or a number >= 0, got {max_scored}")
     dtype, grad = hidden.dtype, torch.is_grad_enabled()
     weight_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     sparse = tail_tolerance > 0 and grad and (hidden.requires_grad or weight_grad)
@@ -207,6 +213,6 @@ def linear_logprobs(
     unit_grad = grad and hidden.requires_grad and not weight_grad
     logprobs, _, _, entropy, _ = torch.ops.bvpo.linear_logprobs_forward(
         hidden, weight, target, bias, temperature, softcap, ignore_index, workspace,
-        return_entropy, unit_grad, chosen,
+        return_entropy, unit_grad, chosen, max_scored,
     )  # fmt: skip
     return (logprobs, entropy.detach()) if return_entropy else logprobs

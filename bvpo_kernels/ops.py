@@ -22,14 +22,14 @@ LIB = torch.library.Library("bvpo", "DEF")
 LIB.define(
     "linear_logprobs_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
     "float temperature, float? softcap, int ignore_index, int workspace_bytes, bool need_entropy, "
-    "bool need_unit_grad, str impl) -> (Tensor logprobs, Tensor max, Tensor logsum, "
-    "Tensor entropy, Tensor unit_grad)"
+    "bool need_unit_grad, str impl, SymInt? max_scored=None) -> (Tensor logprobs, Tensor max, "
+    "Tensor logsum, Tensor entropy, Tensor unit_grad)"
 )
 LIB.define(
     "linear_logprobs_backward(Tensor dlogprobs, Tensor hidden, Tensor weight, Tensor target, "
     "Tensor? bias, Tensor logprobs, Tensor max, Tensor logsum, float temperature, float? softcap, "
     "int ignore_index, int workspace_bytes, bool need_hidden, bool need_weight, bool need_bias, "
-    "str impl) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+    "str impl, SymInt? max_scored=None) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 LIB.define("segment_sum(Tensor values, Tensor cu_seqlens, str impl) -> Tensor")
 LIB.define(
@@ -37,7 +37,7 @@ LIB.define(
     "-> Tensor"
 )
 
-# Implemented in csrc/cpu; the same arguments without `impl`.
+# Implemented in csrc/cpu; the same arguments up to `impl`.
 LIB.define(
     "cpu_linear_logprobs_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
     "float temperature, float? softcap, int ignore_index, int workspace_bytes, bool need_entropy, "
@@ -69,10 +69,17 @@ LIB.define(
 
 
 class _Implementation(NamedTuple):
-    """What serves `linear_logprobs`: the two ops' arguments without `impl`, the same results."""
+    """What serves `linear_logprobs`: the two ops' arguments up to `impl`, the same results.
+
+    bounded: it takes `max_scored` as well; the others count the scored rows, or compute all.
+    """
 
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, ...]]
+    bounded: bool = False
+
+    def bound(self, max_scored: int | None) -> dict[str, int | None]:
+        return {"max_scored": max_scored} if self.bounded else {}
 
 
 _LOGPROBS = {
@@ -94,6 +101,7 @@ if not backends.MISSING["triton"]:  # importing these modules needs triton
         _LOGPROBS[_name] = _Implementation(
             functools.partial(gpu_logprobs.forward, kernels=_kernels),
             functools.partial(gpu_logprobs.backward, kernels=_kernels),
+            bounded=True,
         )
     _SEGMENT_SUM["triton"] = (triton_packing.segment_sum, triton_packing.segment_spread)
 
@@ -110,6 +118,17 @@ def check_target_values(target_T: Tensor, vocab: int, ignore_index: int) -> None
         )
 
 
+def _check_max_scored(target_T: Tensor, ignore_index: int, max_scored: int | None) -> None:
+    """A bound that is too small would leave rows out; on a GPU the check stays on the device."""
+    if max_scored is None or max_scored >= target_T.shape[0]:
+        return
+    scored = (target_T != ignore_index).sum()
+    checks.require(
+        scored <= max_scored, "max_scored: expected at least as much as there are scored rows",
+        lambda: f"{max_scored} for {int(scored)} rows",
+    )  # fmt: skip
+
+
 @torch.library.impl(LIB, "linear_logprobs_forward", "CompositeExplicitAutograd")
 def _logprobs_forward(
     hidden: Tensor,
@@ -123,11 +142,14 @@ def _logprobs_forward(
     need_entropy: bool,
     need_unit_grad: bool,
     impl: str,
+    max_scored: int | None = None,
 ) -> tuple[Tensor, ...]:
     check_target_values(target, weight.shape[0], ignore_index)
-    return _LOGPROBS[impl].forward(
+    _check_max_scored(target, ignore_index, max_scored)
+    chosen = _LOGPROBS[impl]
+    return chosen.forward(
         hidden, weight, target, bias, temperature, softcap, ignore_index, workspace_bytes,
-        need_entropy, need_unit_grad,
+        need_entropy, need_unit_grad, **chosen.bound(max_scored),
     )  # fmt: skip
 
 
@@ -144,7 +166,7 @@ def _forward_buffers(hidden: Tensor, entropy: bool, unit: bool, make: Any) -> tu
 @torch.library.register_fake("bvpo::linear_logprobs_forward", lib=LIB)
 def _logprobs_forward_fake(
     hidden, weight, target, bias, temperature, softcap, ignore_index, workspace_bytes,
-    need_entropy, need_unit_grad, impl,
+    need_entropy, need_unit_grad, impl, max_scored=None,
 ):  # fmt: skip
     return _forward_buffers(hidden, need_entropy, need_unit_grad, torch.empty)
 
@@ -167,10 +189,13 @@ def _logprobs_backward(
     need_weight: bool,
     need_bias: bool,
     impl: str,
+    max_scored: int | None = None,
 ) -> tuple[Tensor, ...]:
-    return _LOGPROBS[impl].backward(
+    chosen = _LOGPROBS[impl]
+    return chosen.backward(
         dlogprobs, hidden, weight, target, bias, logprobs, max, logsum, temperature, softcap,
         ignore_index, workspace_bytes, need_hidden, need_weight, need_bias,
+        **chosen.bound(max_scored),
     )  # fmt: skip
 
 
@@ -187,7 +212,7 @@ def backward_buffers(
 @torch.library.register_fake("bvpo::linear_logprobs_backward", lib=LIB)
 def _logprobs_backward_fake(
     dlogprobs, hidden, weight, target, bias, logprobs, max, logsum, temperature, softcap,
-    ignore_index, workspace_bytes, need_hidden, need_weight, need_bias, impl,
+    ignore_index, workspace_bytes, need_hidden, need_weight, need_bias, impl, max_scored=None,
 ):  # fmt: skip
     need = (need_hidden, need_weight, need_bias)
     return backward_buffers(hidden, weight, bias, need, torch.empty)
@@ -197,7 +222,7 @@ def _logprobs_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, target, bias = inputs[:4]
     logprobs, max_T, logsum, _, unit_grad = output
     ctx.options = inputs[4:8]
-    ctx.unit, ctx.impl = inputs[9], inputs[10]
+    ctx.unit, ctx.impl, ctx.max_scored = inputs[9:12]
     if ctx.unit:
         ctx.save_for_backward(unit_grad)
     else:
@@ -215,12 +240,12 @@ def _logprobs_autograd(ctx: Any, dlogprobs: Tensor, *_: Tensor) -> tuple:
         hidden, weight, target, bias, *kept = ctx.saved_tensors
         grads = torch.ops.bvpo.linear_logprobs_backward(
             dlogprobs, hidden, weight, target, bias, *kept, *ctx.options,
-            need_hidden, need_weight, need_bias, ctx.impl,
+            need_hidden, need_weight, need_bias, ctx.impl, ctx.max_scored,
         )  # fmt: skip
         dhidden = grads[0] if need_hidden else None
         dweight = grads[1] if need_weight else None
         dbias = grads[2] if need_bias else None
-    return dhidden, dweight, None, dbias, *[None] * 7
+    return dhidden, dweight, None, dbias, *[None] * 8
 
 
 torch.library.register_autograd(

@@ -119,6 +119,7 @@ def pack(
         unit_ids=tuple(unit.unit_id for unit in units),
         kinds=kinds,
         max_seqlen=max((len(p) + len(r) for g in groups for p, r in g.segments), default=0),
+        num_scored=sum(scored_lengths),
     )
     return batch if device is None else batch.to(device)
 
@@ -282,6 +283,12 @@ def _validate_tokens(batch: PackedBatch, ignore_index: int) -> None:
     _require_all(batch.target_T == target_T, batch.target_T, "target_T",
                  "the next token where it belongs to the response of the same segment, and "
                  f"{ignore_index} elsewhere")  # fmt: skip
+    if batch.num_scored is not None:
+        checks.require(
+            scored_S.sum() == batch.num_scored,
+            f"num_scored: expected None or the sum of scored_lengths_S for {batch.num_scored}",
+            lambda: f"a sum of {int(scored_S.sum())}",
+        )
 
 
 def _validate_groups(batch: PackedBatch) -> None:

@@ -72,6 +72,7 @@ class PackedBatch:
     unit_ids: tuple[str, ...]
     kinds: tuple[str, ...] = KINDS
     max_seqlen: int = 0
+    num_scored: int | None = None  # rows of `target_T` that are scored, where the host knows it
 
     @property
     def num_tokens(self) -> int:

@@ -48,14 +48,32 @@ def test_more_logits_than_int32_counts(impl):
 
 
 @pytest.mark.parametrize("need", NEEDS.values(), ids=NEEDS.keys())
-def test_the_host_is_never_waited_for(impl, need):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_scored": 450}, {"workspace_bytes": 1 << 16}, {"tail_tolerance": 2**-7}],
+    ids=["plain", "bounded", "fused", "sparse"],
+)  # fmt: skip
+def test_the_host_is_never_waited_for(impl, need, options):
+    if impl == "cuda" and need and "tail_tolerance" in options:
+        pytest.skip("it has no sparse backward")
     inputs = on_gpu(Case(512, 128, 5000, torch.bfloat16).inputs())
-    run(inputs, impl, need)
+    expected = run(inputs, impl, need, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(inputs, impl, need)
+        again = run(inputs, impl, need, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("need", NEEDS.values(), ids=NEEDS.keys())
+def test_a_bound_on_the_scored_rows_changes_no_result(impl, need):
+    inputs = on_gpu(Case(700, 256, 50257, torch.bfloat16, ignored=0.6).inputs())
+    oracle = run(inputs, "reference", need, torch.float64)
+    naive = run(inputs, "reference", need)
+    scored = int((inputs["target"] != -100).sum())
+    for name, value in run(inputs, impl, need, max_scored=scored).items():
+        assert_accurate(f"{impl} {name}", value, naive[name], oracle[name])
 
 
 def test_a_cuda_graph_replays_with_other_inputs(impl):
@@ -64,7 +82,7 @@ def test_a_cuda_graph_replays_with_other_inputs(impl):
     hidden, weight = (inputs[name].requires_grad_() for name in ("hidden", "weight"))
 
     def step():
-        logprobs = linear_logprobs(hidden, weight, inputs["target"], impl=impl)
+        logprobs = linear_logprobs(hidden, weight, inputs["target"], impl=impl, max_scored=290)
         return logprobs, *torch.autograd.grad(logprobs, (hidden, weight), inputs["upstream"])
 
     side = torch.cuda.Stream()
@@ -105,6 +123,33 @@ def test_memory_stays_within_the_workspace(impl):
     assert peak <= expected + (1 << 28) + per_token + (16 << 20)
 
 
+@pytest.mark.parametrize("need", [("hidden",), ("hidden", "weight")])
+def test_compiles_into_one_graph(impl, need):
+    inputs = on_gpu(Case(300, 128, 5000, torch.bfloat16).inputs())
+    leaves = [inputs[name].requires_grad_(name in need) for name in ("hidden", "weight")]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def loss(hidden, weight):
+        logprobs = linear_logprobs(hidden * 2, weight, inputs["target"], impl=impl)
+        return (logprobs * inputs["upstream"]).sum()
+
+    expected = torch.autograd.grad(loss(*leaves), wanted)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), wanted)
+    for value, exact in zip(got, expected, strict=True):
+        assert (value - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_pair_reduce_waits_for_nothing(count):
+    tiles, total = torch.randn(count, 512, 512, device="cuda"), torch.zeros(512, 512, device="cuda")
+    torch.ops.bvpo.pair_reduce(tiles, total)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.ops.bvpo.pair_reduce(tiles, total)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_segment_sum():
     lengths = torch.tensor([0, 1, 30000, 17, 0, 8193])
     bounds = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().cuda()
@@ -118,24 +163,15 @@ def test_segment_sum():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pair_reduce_twins_agree(dtype):
-    from bvpo_kernels.kernels import grad_stats
-
-    g_trace, g_empty = torch.randn(2, 1000, 4099, device="cuda")
+    """Their sums to the bit; inner products to fp32's partials, which they add in other orders."""
+    tiles = torch.randn(2, 1000, 4099, device="cuda")
     weights = torch.tensor([0.4, 0.6], device="cuda")
     start = torch.randn(1000, 4099, device="cuda").to(dtype)
-    exact = torch.stack([
-        (a.double() * b.double()).sum()
-        for a, b in ((g_trace, g_trace), (g_empty, g_empty), (g_trace, g_empty))
-    ])  # fmt: skip
-    results = []
-    modules = [grad_stats]
-    if "cuda" in IMPLS:
-        from bvpo_kernels.gpu import cuda_kernels
-
-        modules.append(cuda_kernels)
-    for module in modules:
-        dweight = start.clone()
-        partials = module.pair_reduce(g_trace, g_empty, weights, dweight)
-        assert (partials.double().sum(0) - exact).abs().max() <= 1e-6 * exact[0]
-        results.append(dweight)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    flat = tiles.double().flatten(1)
+    exact = flat @ flat.T
+    totals = []
+    for impl in IMPLS:
+        totals.append(start.clone())
+        gram = torch.ops.bvpo.pair_reduce(tiles, totals[-1], weights, True, impl)
+        assert (gram - exact).abs().max() <= 1e-6 * exact[0, 0]
+    assert all(torch.equal(totals[0], other) for other in totals[1:])

@@ -119,6 +119,26 @@ def test_ignored_rows_may_hold_anything(impl):
         assert torch.equal(poisoned[name], value), name
 
 
+@pytest.mark.parametrize("need", NEEDS.values(), ids=NEEDS.keys())
+def test_a_bound_on_the_scored_rows_changes_no_result(impl, need):
+    inputs = Case(bias=True, ignored=0.5).inputs()
+    scored = int((inputs["target"] != -100).sum())
+    free = run(inputs, impl, need)
+    for bound in (scored, scored + 3, 1000):
+        bounded = run(inputs, impl, need, max_scored=bound)
+        for name, value in free.items():
+            assert max_error(bounded[name], value) <= 1e-5, (name, bound)
+    with pytest.raises(ValueError, match=f"max_scored: expected .*, got {scored - 1} for {scored}"):
+        run(inputs, impl, need, max_scored=scored - 1)
+
+
+def test_no_scored_row_under_a_bound_of_zero(impl):
+    inputs = Case(ignored=2.0, bias=True).inputs()
+    for need in ((), ("hidden",), ("hidden", "weight", "bias")):
+        result = run(inputs, impl, need, max_scored=0)
+        assert all(value.abs().sum() == 0 for value in result.values())
+
+
 def test_custom_ignore_index_may_be_a_valid_column(impl):
     inputs = Case(ignored=0.0).inputs()
     kept = inputs["target"] != 0
@@ -310,7 +330,7 @@ def test_compile_fullgraph(impl, need):
 
     def loss(hidden, weight):
         logprobs, entropy = linear_logprobs(
-            hidden * 2, weight, inputs["target"], impl=impl, return_entropy=True
+            hidden * 2, weight, inputs["target"], impl=impl, return_entropy=True, max_scored=36
         )
         return (logprobs * inputs["upstream"]).sum() + entropy.sum()
 
@@ -370,6 +390,7 @@ def _bad(**changes):
         ({"softcap": -1.0}, ValueError, "softcap: .*got -1"),
         ({"tail_tolerance": 1.0}, ValueError, r"tail_tolerance: expected a number in \[0, 1\)"),
         ({"tail_tolerance": -0.1}, ValueError, "tail_tolerance"),
+        ({"max_scored": -1}, ValueError, "max_scored: expected None or a number >= 0, got -1"),
         ({"workspace_bytes": 0}, ValueError, "workspace_bytes: expected a number > 0, got 0"),
         ({"impl": "fast"}, ValueError, "impl: .*one of .*'eager'.*got 'fast'"),
         ({"impl": "cuda"}, ValueError, "impl: 'cuda' cannot serve .*these can: .*eager"),

@@ -68,7 +68,7 @@ def test_layout_of_one_unit_by_hand():
     assert batch.scored_lengths_S.tolist() == [3, 1, 1, 2]
     assert batch.pair_group_P.tolist() == [0, 1]
     assert batch.group_ranges_G2.tolist() == [[0, 8], [8, 17]]
-    assert batch.max_seqlen == 5
+    assert (batch.max_seqlen, batch.num_scored) == (5, 7)
     assert batch.num_tokens == sum(unit.num_tokens for unit in make_units()[:1])
 
 
@@ -218,6 +218,9 @@ def test_validate_checks_shapes_dtypes_and_max_seqlen():
     batch = pack(make_units())
     with pytest.raises(ValueError, match=r"max_seqlen: .*for 4, got segments of up to 5"):
         validate(dataclasses.replace(batch, max_seqlen=4))
+    validate(dataclasses.replace(batch, num_scored=None))
+    with pytest.raises(ValueError, match=r"num_scored: expected .* for 3, got a sum of"):
+        validate(dataclasses.replace(batch, num_scored=3))
     with pytest.raises(TypeError, match=r"target_T: expected torch.int64, got torch.int32"):
         validate(dataclasses.replace(batch, target_T=batch.target_T.int()))
     with pytest.raises(TypeError, match=r"cu_seqlens: expected torch.int32, got torch.int64"):

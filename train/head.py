@@ -87,14 +87,16 @@ class FusedHeadLM(nn.Module):
     def _logprobs(self, batch: PackedBatch) -> Tensor:
         hidden_TD = self.hidden(batch)
         head = self.model.get_output_embeddings()
-        return call_with_hooks(head, self._head_logprobs, hidden_TD, batch.target_T)
+        return call_with_hooks(
+            head, self._head_logprobs, hidden_TD, batch.target_T, batch.num_scored
+        )
 
-    def _head_logprobs(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:
+    def _head_logprobs(self, hidden_TD: Tensor, target_T: Tensor, max_scored: int | None) -> Tensor:
         head = read_head(self.model.get_output_embeddings(), type(self.model).__name__)
         logprobs_T, _ = head.logprobs(
             hidden_TD, target_T, return_entropy=False, temperature=self.transform.temperature,
             softcap=self.transform.softcap, workspace_bytes=self.workspace_bytes,
-            impl=self.backend, tail_tolerance=self.tail_tolerance,
+            impl=self.backend, tail_tolerance=self.tail_tolerance, max_scored=max_scored,
         )  # fmt: skip
         return logprobs_T
 

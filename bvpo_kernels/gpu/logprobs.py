@@ -5,8 +5,9 @@ reads it once, dZ and p are written in half precision over the products that the
 accumulators are the GEMMs' own (beta = 1), and ignored rows are moved behind the scored ones on
 the device, so that nothing waits for the host and a CUDA graph can hold the whole pass.
 
-GEMM shapes cannot depend on a count that stays on the device: ignored rows still go through the
-GEMMs, as zeros. The row kernels and the fused forward skip them.
+GEMM shapes cannot depend on a count that stays on the device, but on a bound that the host knows:
+`max_scored` rows go through the GEMMs, those of them that are not scored as zeros. The row kernels
+and the fused forward skip these.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bvpo_kernels.eager.logprobs import (
 )
 from bvpo_kernels.kernels import logprobs as triton_rows
 from bvpo_kernels.kernels import logprobs_gemm, packing
+from bvpo_kernels.kernels.configs import config
 
 MAX_TOKENS = 8192
 # A GEMM with fewer columns than this wastes the tensor cores; below it the fused forward runs.
@@ -49,33 +51,36 @@ class _Tile(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The scored tokens of a call, compacted: ranks, their inverse, and how many there are."""
+    """The scored tokens of a call, compacted: ranks, their inverse, and how many there are.
+
+    The inverse, and all that is in compact order, has room for R rows: as many as may be scored.
+    """
 
     position_T: Tensor
-    index_T: Tensor
+    index_R: Tensor
     num_scored: Tensor
 
     def take(self, values_T: Tensor) -> Tensor:
         """Values in compact order, 0 behind the last scored token."""
-        taken_T = values_T.index_select(0, self.index_T.clamp(min=0))
-        return taken_T.masked_fill_(self.index_T < 0, 0)
+        taken_R = values_T.index_select(0, self.index_R.clamp(min=0))
+        return taken_R.masked_fill_(self.index_R < 0, 0)
 
-    def put_back(self, values_T: Tensor, scored_T: Tensor) -> Tensor:
+    def put_back(self, values_R: Tensor, scored_T: Tensor) -> Tensor:
         """Values in the call's order, 0 where nothing is scored."""
-        return values_T.index_select(0, self.position_T.clamp(min=0)).masked_fill_(~scored_T, 0)
+        return values_R.index_select(0, self.position_T.clamp(min=0)).masked_fill_(~scored_T, 0)
 
 
 class _Chunks:
     """Gathered hidden rows of one chunk at a time; kept while the same chunk is asked for."""
 
-    def __init__(self, hidden_TD: Tensor, index_T: Tensor) -> None:
-        self._hidden_TD, self._index_T = hidden_TD, index_T
+    def __init__(self, hidden_TD: Tensor, index_R: Tensor) -> None:
+        self._hidden_TD, self._index_R = hidden_TD, index_R
         self._start, self._rows = -1, hidden_TD
 
     def __getitem__(self, tokens: slice) -> Tensor:
         if self._start != tokens.start:
             self._rows = self._hidden_TD[:0]  # let the old chunk go before the new one is made
-            self._rows = packing.gather_rows(self._hidden_TD, self._index_T[tokens])
+            self._rows = packing.gather_rows(self._hidden_TD, self._index_R[tokens])
             self._start = tokens.start
         return self._rows
 
@@ -147,14 +152,17 @@ def _fused_chunk(
 
 
 def _forward_tile(
-    hidden_TD: Tensor, head: Head, workspace: int, entropy: bool, unit: bool
+    num_tokens: int, hidden_TD: Tensor, head: Head, workspace: int, entropy: bool, unit: bool
 ) -> tuple[_Tile, bool]:
-    """The tile, and whether the fused forward serves it: scores only, and no room for a GEMM."""
+    """The tile, and whether the fused forward serves it: scores only, and faster on this chip, or
+    no room for a GEMM."""
     weight_VD = head.weight_VD
-    (num_tokens, dim), vocab = hidden_TD.shape, weight_VD.shape[0]
+    dim, vocab = hidden_TD.shape[1], weight_VD.shape[0]
     token_bytes = dim * (hidden_TD.element_size() + (4 if unit else 0))
     tile = _tile(num_tokens, vocab, workspace, token_bytes, 0)
-    if unit or tile.columns >= min(vocab, MIN_COLUMNS) or weight_VD.stride(1) != 1:
+    wide = tile.columns >= min(vocab, MIN_COLUMNS)
+    faster = config(hidden_TD.device).fused_scores
+    if unit or weight_VD.stride(1) != 1 or (wide and not faster):
         return tile, False
     shape = logprobs_gemm.gemm_config(hidden_TD, weight_VD, head.bias_V, head.softcap)
     token_bytes += logprobs_gemm.partial_bytes_per_token(vocab, shape, entropy)
@@ -162,9 +170,11 @@ def _forward_tile(
     return _Tile(min(tokens, num_tokens), vocab), True
 
 
-def _compact(target_T: Tensor, ignore_index: int) -> tuple[_Rows, Tensor]:
+def _compact(target_T: Tensor, ignore_index: int, max_scored: int | None) -> tuple[_Rows, Tensor]:
     scored_T = target_T != ignore_index
-    return _Rows(*packing.compact(scored_T)), scored_T
+    position_T, index_T, num_scored = packing.compact(scored_T)
+    room = target_T.shape[0] if max_scored is None else max(max_scored, 1)
+    return _Rows(position_T, index_T[:room], num_scored), scored_T
 
 
 def forward(
@@ -180,6 +190,7 @@ def forward(
     need_unit_grad: bool,
     *,
     kernels: RowKernels,
+    max_scored: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The op `bvpo::linear_logprobs_forward`; results that are not wanted are empty."""
     head = Head(weight_VD, bias_V, temperature, softcap)
@@ -188,12 +199,14 @@ def forward(
         vectors = [hidden_TD.new_zeros(0, dtype=torch.float32) for _ in range(3)]
         empty = hidden_TD.new_zeros(0, dtype=torch.float32 if need_entropy else hidden_TD.dtype)
         return (*vectors, empty, unit_TD)
-    rows, scored_T = _compact(target_T, ignore_index)
-    target_T = rows.take(target_T)
-    tile, fused = _forward_tile(hidden_TD, head, workspace, need_entropy, need_unit_grad)
+    rows, scored_T = _compact(target_T, ignore_index, max_scored)
+    target_R = rows.take(target_T)
+    tile, fused = _forward_tile(
+        target_R.shape[0], hidden_TD, head, workspace, need_entropy, need_unit_grad
+    )
     parts: list[Any] = []
-    for tokens in ranges(hidden_TD.shape[0], tile.tokens):
-        hidden, target = packing.gather_rows(hidden_TD, rows.index_T[tokens]), target_T[tokens]
+    for tokens in ranges(target_R.shape[0], tile.tokens):
+        hidden, target = packing.gather_rows(hidden_TD, rows.index_R[tokens]), target_R[tokens]
         unit = None
         if fused:
             state = _fused_chunk(hidden, target, rows.num_scored, tokens.start, head, need_entropy)
@@ -204,7 +217,7 @@ def forward(
             )  # fmt: skip
         result = _finish(hidden_TD.dtype, target, head, state, need_entropy, unit)
         if result.unit_grad_TD is not None:
-            packing.scatter_rows(result.unit_grad_TD, rows.index_T[tokens], unit_TD)
+            packing.scatter_rows(result.unit_grad_TD, rows.index_R[tokens], unit_TD)
         parts.append(result[:4])
     columns = [[part[i] for part in parts] for i in range(4 if need_entropy else 3)]
     out = [rows.put_back(torch.cat(values), scored_T) for values in columns]
@@ -230,59 +243,60 @@ class _Backward:
     ) -> None:
         self.rows, self.head, self.workspace, self.kernels = rows, head, workspace, kernels
         self.hidden_TD = inputs.hidden_TD
-        self.target_T = rows.take(inputs.target_T)
-        upstream_T = rows.take(inputs.dlogprobs_T).to(torch.float32) / head.temperature
-        # Here, on T numbers: expm1 in the kernel would cost accuracy or a library.
-        coefficient_T = -torch.expm1(rows.take(inputs.logprobs_T)) * upstream_T
+        self.target_R = rows.take(inputs.target_T)
+        self.num_rows = self.target_R.shape[0]
+        upstream_R = rows.take(inputs.dlogprobs_T).to(torch.float32) / head.temperature
+        # Here, on R numbers: expm1 in the kernel would cost accuracy or a library.
+        coefficient_R = -torch.expm1(rows.take(inputs.logprobs_T)) * upstream_R
         kept = (rows.take(inputs.max_T), rows.take(inputs.logsum_T))
-        self.row_values = (upstream_T, coefficient_T, *kept)
+        self.row_values = (upstream_R, coefficient_R, *kept)
 
     def dlogits(self, hidden: Tensor, tokens: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         """d loss / d (h W^T + b) for one tile, recomputed; `dtype` is fp32 or hidden's."""
         z = mm(hidden, self.head.weight_VD[columns].T)
         dz = _over(z, dtype)
         self.kernels.backward(
-            z, dz, self.target_T[tokens], self.rows.num_scored,
-            *(values_T[tokens] for values_T in self.row_values),
+            z, dz, self.target_R[tokens], self.rows.num_scored,
+            *(values_R[tokens] for values_R in self.row_values),
             tokens.start, columns.start, **_options(self.head),
         )  # fmt: skip
         return dz
 
     def hidden(self) -> Tensor:
         """dH alone: tokens outermost, so that the accumulator is one chunk of rows."""
-        (num_tokens, dim), vocab = self.hidden_TD.shape, self.head.weight_VD.shape[0]
+        dim, vocab = self.hidden_TD.shape[1], self.head.weight_VD.shape[0]
         dtype = self.hidden_TD.dtype
-        tile = _tile(num_tokens, vocab, self.workspace, dim * (dtype.itemsize + 4), 0)
+        tile = _tile(self.num_rows, vocab, self.workspace, dim * (dtype.itemsize + 4), 0)
         dhidden_TD = self.hidden_TD.new_zeros(self.hidden_TD.shape)
-        for tokens in ranges(num_tokens, tile.tokens):
-            hidden = packing.gather_rows(self.hidden_TD, self.rows.index_T[tokens])
+        for tokens in ranges(self.num_rows, tile.tokens):
+            hidden = packing.gather_rows(self.hidden_TD, self.rows.index_R[tokens])
             part = torch.zeros_like(hidden, dtype=torch.float32)
             for columns in ranges(vocab, tile.columns):
                 dz = self.dlogits(hidden, tokens, columns, dtype)
                 _add_product(part, dz, self.head.weight_VD[columns])
                 del dz
-            packing.scatter_rows(part, self.rows.index_T[tokens], dhidden_TD)
+            packing.scatter_rows(part, self.rows.index_R[tokens], dhidden_TD)
         return dhidden_TD
 
     def weight(
-        self, need_weight: bool, need_bias: bool, dhidden_TD: Tensor | None
+        self, need_weight: bool, need_bias: bool, dhidden_RD: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """dW and db, finished tile by tile; adds dH (compact order, fp32) into `dhidden_TD`."""
+        """dW and db, finished tile by tile; adds dH (compact order, fp32) into `dhidden_RD`."""
         head, dtype = self.head, self.hidden_TD.dtype
-        (num_tokens, dim), vocab = self.hidden_TD.shape, head.weight_VD.shape[0]
-        reserved = 0 if dhidden_TD is None else dhidden_TD.numel() * LOGIT_BYTES
+        dim, vocab = self.hidden_TD.shape[1], head.weight_VD.shape[0]
+        reserved = 0 if dhidden_RD is None else dhidden_RD.numel() * LOGIT_BYTES
         tile = _tile(
-            num_tokens, vocab, self.workspace - reserved, dim * dtype.itemsize,
+            self.num_rows, vocab, self.workspace - reserved, dim * dtype.itemsize,
             dim * LOGIT_BYTES if need_weight else 0,
         )  # fmt: skip
         dweight_VD = head.weight_VD.new_empty(head.weight_VD.shape) if need_weight else None
         dbias_V = torch.empty_like(head.bias_V) if need_bias and head.bias_V is not None else None
-        chunks = _Chunks(self.hidden_TD, self.rows.index_T)
+        chunks = _Chunks(self.hidden_TD, self.rows.index_R)
         for columns in ranges(vocab, tile.columns):
             weight = head.weight_VD[columns]
             dweight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
             dbias = torch.zeros(weight.shape[0], device=weight.device)
-            for tokens in ranges(num_tokens, tile.tokens):
+            for tokens in ranges(self.num_rows, tile.tokens):
                 hidden = chunks[tokens]
                 dz = self.dlogits(hidden, tokens, columns, torch.float32 if need_bias else dtype)
                 if need_bias:  # summed before dZ is rounded
@@ -290,8 +304,8 @@ class _Backward:
                     dz = dz.to(dtype)
                 if dweight is not None:
                     _add_product(dweight, dz.T, hidden)
-                if dhidden_TD is not None:
-                    _add_product(dhidden_TD[tokens], dz, weight)
+                if dhidden_RD is not None:
+                    _add_product(dhidden_RD[tokens], dz, weight)
                 del dz
             if dweight_VD is not None and dweight is not None:
                 dweight_VD[columns] = dweight
@@ -318,6 +332,7 @@ def backward(
     need_bias: bool,
     *,
     kernels: RowKernels,
+    max_scored: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The op `bvpo::linear_logprobs_backward`; gradients that are not wanted are empty.
 
@@ -333,20 +348,20 @@ def backward(
             weight_VD.new_zeros(weight_VD.shape) if need_weight else nothing.clone(),
             nothing.clone() if bias_V is None or not need_bias else torch.zeros_like(bias_V),
         )
-    rows, _ = _compact(target_T, ignore_index)
+    rows, _ = _compact(target_T, ignore_index, max_scored)
     inputs = BackwardInputs(dlogprobs_T, hidden_TD, target_T, logprobs_T, max_T, logsum_T)
     sweeps = _Backward(inputs, rows, head, workspace, kernels)
     dhidden = dweight = dbias = None
     if not (need_weight or need_bias):
         dhidden = sweeps.hidden() if need_hidden else None
-    elif need_hidden and hidden_TD.numel() * LOGIT_BYTES > workspace // 2:
+    elif need_hidden and sweeps.num_rows * hidden_TD.shape[1] * LOGIT_BYTES > workspace // 2:
         dhidden = sweeps.hidden()
         dweight, dbias = sweeps.weight(need_weight, need_bias, None)
     elif need_hidden:
-        compact_TD = torch.zeros(hidden_TD.shape, device=hidden_TD.device)
-        dweight, dbias = sweeps.weight(need_weight, need_bias, compact_TD)
+        compact_RD = torch.zeros(sweeps.num_rows, hidden_TD.shape[1], device=hidden_TD.device)
+        dweight, dbias = sweeps.weight(need_weight, need_bias, compact_RD)
         dhidden = hidden_TD.new_zeros(hidden_TD.shape)
-        packing.scatter_rows(compact_TD, rows.index_T, dhidden)
+        packing.scatter_rows(compact_RD, rows.index_R, dhidden)
     else:
         dweight, dbias = sweeps.weight(need_weight, need_bias, None)
     grads = (dhidden, dweight, dbias)

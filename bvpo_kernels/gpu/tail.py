@@ -132,7 +132,7 @@ def forward(
     tile = _tile(num_tokens, weight_VD.shape[0], workspace, token_bytes, 0)
     parts: list[tuple[Tensor, ...]] = []
     for tokens in ranges(num_tokens, tile.tokens):
-        hidden = packing.gather_rows(hidden_TD, rows.index_T[tokens])
+        hidden = packing.gather_rows(hidden_TD, rows.index_R[tokens])
         chunk = _forward_chunk(
             hidden, target_T[tokens], rows.num_scored, tokens.start, head, tile.columns,
             need_entropy, tolerance, longest, kernels,
@@ -231,7 +231,7 @@ class _Dense:
             dweight = torch.zeros(weight.shape, device=weight.device)
             dbias = torch.zeros(weight.shape[0], device=weight.device)
             for tokens in ranges(num_tokens, tile.tokens):
-                hidden = packing.gather_rows(self.hidden_TD, self.rows.index_T[tokens])
+                hidden = packing.gather_rows(self.hidden_TD, self.rows.index_R[tokens])
                 dz = self.dlogits(hidden, tokens, columns, torch.float32 if need_bias else dtype)
                 if need_bias:  # summed before dZ is rounded
                     behind = torch.arange(tokens.start, tokens.start + len(dz), device=dz.device)
@@ -257,13 +257,13 @@ class _Dense:
         dtype = self.hidden_TD.dtype
         tile = _tile(num_tokens, vocab, self.workspace, dim * (dtype.itemsize + LOGIT_BYTES), 0)
         for tokens in ranges(num_tokens, tile.tokens):
-            hidden = packing.gather_rows(self.hidden_TD, self.rows.index_T[tokens])
+            hidden = packing.gather_rows(self.hidden_TD, self.rows.index_R[tokens])
             part = torch.zeros_like(hidden, dtype=torch.float32)
             for columns in ranges(vocab, tile.columns):
                 dz = self.dlogits(hidden, tokens, columns, dtype)
                 tail.counted_mm(dz, self.head.weight_VD[columns], part, self.rows.num_scored,
                                 tokens.start, rows=True, add=True)  # fmt: skip
-            packing.scatter_rows(part, self.rows.index_T[tokens], dhidden_TD)
+            packing.scatter_rows(part, self.rows.index_R[tokens], dhidden_TD)
 
 
 def backward(
@@ -315,7 +315,7 @@ def backward(
     if need_hidden and (need_weight or need_bias) and fits:
         compact_TD = torch.zeros(hidden_TD.shape, device=hidden_TD.device)
         grads = dense.sweep(need_weight, need_bias, compact_TD, sparse)
-        packing.scatter_rows(compact_TD, dense.rows.index_T, dhidden_TD)
+        packing.scatter_rows(compact_TD, dense.rows.index_R, dhidden_TD)
     else:
         if need_hidden:
             dense.hidden(dhidden_TD)

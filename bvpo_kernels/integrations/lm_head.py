@@ -30,8 +30,9 @@ class LinearHead(NamedTuple):
     adapters: tuple[Adapter, ...] = ()
 
     def logprobs(
-        self, hidden_TD: Tensor, target_T: Tensor, *, return_entropy: bool, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
+        self, hidden_TD: Tensor, target_T: Tensor, *, return_entropy: bool,
+        max_scored: int | None = None, **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Log-probabilities [T] of the targets, and their entropy if asked for."""
         if not torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(self.weight_VD.dtype)
@@ -46,7 +47,9 @@ class LinearHead(NamedTuple):
                 hidden_TD, self.weight_VD, target_T, low_TR.to(hidden_TD), b_VR, **options
             )
         else:
-            result = linear_logprobs(hidden_TD, self.weight_VD, target_T, **options)
+            result = linear_logprobs(
+                hidden_TD, self.weight_VD, target_T, max_scored=max_scored, **options
+            )
         return result if return_entropy else (result, None)
 
     def _low_rank(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,12 +160,11 @@ def _reduce_cases() -> Iterator[Case]:
             aligned = ("trace_ptr", "empty_ptr", "tiles_ptr", "tiles_stride", "total_ptr", "numel")
             yield Case(f"pair_reduce, dW {dtype[1:]}{name}", grad_stats._pair_reduce_kernel, types,
                        two, {"num_warps": 8}, aligned)  # fmt: skip
-            for padded in (16, grad_stats.MAX_TILES):
-                many = {"PADDED": padded, "TILE": grad_stats.GROUP_TILE,
-                        "BLOCK": grad_stats._GROUP_BLOCK}  # fmt: skip
-                yield Case(f"pair_reduce of {padded}, dW {dtype[1:]}{name}",
-                           grad_stats._group_reduce_kernel, types, flags | many,
-                           {"num_warps": 4}, aligned)  # fmt: skip
+            for count in (16, 32, grad_stats.MAX_TILES):
+                yield Case(f"pair_reduce of {count}, dW {dtype[1:]}{name}",
+                           grad_stats._group_reduce_kernel, types,
+                           flags | grad_stats.group_shape(count), {"num_warps": 4},
+                           aligned)  # fmt: skip
 
 
 def _tail_cases(arch: int) -> Iterator[Case]:

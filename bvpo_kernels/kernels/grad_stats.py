@@ -19,7 +19,7 @@ TILE = 1 << 16
 _BLOCK = 4096
 # Of more than two tiles: as many products as are summed in fp32, and tiles of one matrix product.
 GROUP_TILE = 1 << 12
-_GROUP_BLOCK = 128
+_GROUP_ELEMENTS = 2048
 MAX_TILES = 64
 
 
@@ -102,6 +102,12 @@ def check_pair_reduce(tiles_KRD: Tensor, total_RD: Tensor, weights_K: Tensor | N
         raise ValueError(f"weights: expected ({count},) torch.float32, got {got}")
 
 
+def group_shape(count: int) -> dict[str, int]:
+    """Launch shape for `count` tiles: rows of a matrix product, and columns that fit registers."""
+    padded = max(triton.next_power_of_2(count), 16)
+    return {"PADDED": padded, "BLOCK": _GROUP_ELEMENTS // padded, "TILE": GROUP_TILE}
+
+
 def gram_of_pair(partials: Tensor) -> Tensor:
     """[2, 2] fp64 from partials [tiles, 3]: |G_t|^2, |G_e|^2, <G_t, G_e>; added in their order."""
     trace, empty, cross = partials.sum(0, dtype=torch.float64).unbind()
@@ -140,7 +146,6 @@ def pair_reduce(
     if numel:
         _group_reduce_kernel[(partials.shape[0],)](
             tiles_KRD, weights, total_RD, partials, tiles_KRD.stride(0), numel, count, **flags,
-            PADDED=max(triton.next_power_of_2(count), 16), TILE=GROUP_TILE, BLOCK=_GROUP_BLOCK,
-            num_warps=4,
+            **group_shape(count), num_warps=4,
         )  # fmt: skip
     return partials.sum(0, dtype=torch.float64)
