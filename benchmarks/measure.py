@@ -127,11 +127,14 @@ class OtherLoad:
         self.percent = max(0.0, 100 * (busy - own) / total) if total > 0 else 0.0
 
     def _read(self) -> tuple[float, float, float]:
-        machine, own = psutil.cpu_times(), self._process.cpu_times()
+        machine = psutil.cpu_times()
+        # A row may run in processes of its own.
+        ours = [self._process, *self._process.children(recursive=True)]
+        own = sum(process.cpu_times().user + process.cpu_times().system for process in ours)
         waiting = machine.idle + getattr(machine, "iowait", 0.0)
         # Guests are already in user time.
         total = sum(machine) - getattr(machine, "guest", 0.0) - getattr(machine, "guest_nice", 0.0)
-        return total, total - waiting, own.user + own.system
+        return total, total - waiting, own
 
 
 def refusal(predicted_bytes: int, device: str) -> str:
@@ -179,6 +182,18 @@ def _return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
+class ResidentPeak:
+    """The peak of this process's resident set since this object was made, above its size then."""
+
+    def __init__(self) -> None:
+        _return_freed_memory()
+        self._was_reset = _reset_peak()
+        self._before = _status_bytes("VmRSS") if self._was_reset else _peak_bytes(False)
+
+    def above(self) -> int:
+        return _peak_bytes(self._was_reset) - self._before
+
+
 def output_bytes(outputs: Outputs) -> int:
     """Bytes of the distinct storages of the outputs."""
     storages = [tensor.untyped_storage() for tensor in outputs.values()]
@@ -199,11 +214,9 @@ def peak_bytes(start: Callable[[], Outputs], device: str = "cpu") -> int:
         outputs = start()
         torch.cuda.synchronize()
         return max(torch.cuda.max_memory_allocated() - before - output_bytes(outputs), 0)
-    _return_freed_memory()
-    was_reset = _reset_peak()
-    before = _status_bytes("VmRSS") if was_reset else _peak_bytes(False)
+    resident = ResidentPeak()
     outputs = start()
-    return max(_peak_bytes(was_reset) - before - output_bytes(outputs), 0)
+    return max(resident.above() - output_bytes(outputs), 0)
 
 
 def _child(group_name: str, case: Case, row_name: str, threads: int, answer: Connection) -> None:

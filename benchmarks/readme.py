@@ -189,6 +189,36 @@ def _stats_of_machine(frame: pd.DataFrame) -> str:
     )
 
 
+def steps(frame: pd.DataFrame) -> str:
+    """Per machine and case of the group "train": a line per row that was timed, and the rows that
+    were not."""
+    machines = frame.groupby(list(records.MACHINE), sort=False)
+    return "\n\n".join(_machine_steps(measured) for _, measured in machines)
+
+
+def _machine_steps(frame: pd.DataFrame) -> str:
+    blocks = []
+    for case, of_case in records.speeds(frame).groupby("case", sort=False):
+        table = tabulate(
+            of_case.drop(columns="case"), tablefmt="github", showindex=False, headers="keys",
+            floatfmt=("", ".0f", ".2f", ".0f", ".2f"),
+        )  # fmt: skip
+        states = frame[(frame["case"] == case) & (frame["metric"] == "status")]
+        why = [
+            f"{row}: {note}" for row, note in states[["row", "note"]].values if note != records.OK
+        ]
+        blocks += [f"**{case}**:\n\n{table}", *(["; ".join(why) + "."] if why else [])]
+    first = frame.iloc[0]
+    noise = frame.loc[frame["metric"] == "other_load", "value"].max()
+    return "\n\n".join([*blocks, (
+        f"Medians of interleaved steps, a process (or two) per row; tokens without padding; peak "
+        f"resident memory above the loaded model, gradients and optimizer state included. "
+        f"{first['cpu']} ({first['isa']}), {first['threads']} of {first['cores']} cores, torch "
+        f"{first['torch']}, commit {first['commit']}, {first['date']}; other processes took up to "
+        f"{noise:.0f} % of the CPU."
+    )])  # fmt: skip
+
+
 def _where(frame: pd.DataFrame) -> str:
     first = frame.iloc[0]
     noise = frame.loc[frame["metric"] == "other_load", "value"].max()

@@ -174,6 +174,26 @@ def baseline(frame: pd.DataFrame) -> str:
     return str(frame["row"].iloc[0])
 
 
+def speeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """Per timed case and row of a group whose rows say their `tokens`: tokens/s, peak memory, and
+    both relative to the first row."""
+    lines: list[dict[str, Any]] = []
+    first = baseline(frame)
+    for case, of_case in frame.groupby("case", sort=False):
+        base: dict[str, float] = {}
+        for row, of_row in of_case.groupby("row", sort=False):
+            found = values(of_row)
+            if "time" not in found:
+                continue
+            base = base or found
+            lines.append({
+                "case": case, "row": row, "tokens/s": found["tokens"] / found["time"],
+                f"x {first}": 1 / found["ratio"], "peak MiB": found["peak_memory"],
+                f"peak / {first}": found["peak_memory"] / base["peak_memory"],
+            })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 

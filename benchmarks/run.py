@@ -262,6 +262,7 @@ def write_readme() -> None:
         "logprobs": lambda path: readme.cases(records.read_csv(path)),
         "peers": lambda path: readme.peers(records.read_csv(path)),
         "stats": lambda path: readme.stats_table(records.read_csv(path)),
+        "train": lambda path: readme.steps(records.read_csv(path)),
         "proxies": lambda path: proxies.markdown(proxies.read(path)),
     }
     paths = {name: records.RESULTS / f"{name}.csv" for name in tables}

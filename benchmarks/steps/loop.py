@@ -1,0 +1,48 @@
+"""The training loop's own step."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.steps.inputs import StepInputs
+from train import parallel, reference
+from train.head import FusedHeadLM
+from train.loop import Trainer
+
+
+class LoopStep:
+    """`Trainer.train_step` of the demo's configuration, its reference scores put into its cache."""
+
+    def __init__(self, inputs: StepInputs, model: Any, *, checkpointing: bool) -> None:
+        cfg = copy.deepcopy(inputs.cfg)
+        self._folder = tempfile.TemporaryDirectory()
+        cfg.run_dir = self._folder.name
+        cfg.train.checkpoint_layers = 1 if checkpointing else None
+        self.model = model
+        compute = inputs.case.torch_dtype
+        world = parallel.ALONE
+        if dist.is_initialized():
+            world = parallel.make_world(cfg.parallel, torch.device("cpu"))
+        policy = FusedHeadLM(
+            # FSDP2 casts the weights as it gathers them, as `train.head.build_policy` has it.
+            model, compute_dtype=compute if world.mesh is None else model.dtype,
+            workspace_bytes=cfg.train.workspace_mib * 2**20,
+        )  # fmt: skip
+        if world.mesh is not None:
+            policy.run_device = world.device
+            parallel.shard(policy, cfg.parallel, world, compute)
+        scores = torch.tensor(list(inputs.reference.values()))
+        fingerprint = reference.fingerprint(policy, cfg.model)
+        cache = reference.ReferenceCache(fingerprint, tuple(inputs.reference), scores)
+        reference.save(cache, reference.cache_path(cfg))
+        self.trainer = Trainer(cfg, policy, None, inputs.units, [], world)
+        self.optimizer = self.trainer.optimizer
+
+    def run(self) -> Tensor:
+        return torch.tensor(self.trainer.train_step(0)["loss"])
