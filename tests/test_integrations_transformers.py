@@ -5,6 +5,7 @@ Lengths are ragged and labels are ignored at both ends; the vocabulary is no mul
 
 import os
 import socket
+import types
 from datetime import timedelta
 
 import pytest
@@ -218,6 +219,14 @@ REFUSED = {
     "a head of its own": (
         lambda: _with_head(nn.Sequential(nn.Linear(24, 97))), TypeError, "expected an nn.Linear",
     ),
+    "quantized": (
+        lambda: _with_weight(torch.zeros(97, 24, dtype=torch.int8)), TypeError,
+        r"floating-point LM head, got torch\.int8 in LlamaForCausalLM",
+    ),
+    "offloaded": (
+        lambda: _with_hook(types.SimpleNamespace(offload=True)), ValueError,
+        "that of LlamaForCausalLM is offloaded",
+    ),
 }  # fmt: skip
 
 
@@ -240,6 +249,20 @@ def _with_head(head):
     return model
 
 
+def _with_weight(weight):
+    """As bitsandbytes and torchao leave it: a linear layer whose weight is no float."""
+    model = make()
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def _with_hook(hook):
+    """As accelerate leaves it: weights come to the device when the module is called."""
+    model = make()
+    model.lm_head._hf_hook = hook
+    return model
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_by_name(case):
     build, error, text = REFUSED[case]
@@ -248,6 +271,15 @@ def test_refuses_by_name(case):
     with pytest.raises(error, match=text):
         patch_model(model)
     assert model.__dict__.get("forward") is previous
+
+
+def test_flattened_weights_are_refused_at_the_call():
+    """Of FSDP1 and ZeRO-3, which wrap a model that is patched already."""
+    model = make()
+    patch_model(model)
+    model.lm_head.weight = nn.Parameter(torch.zeros(0))
+    with pytest.raises(ValueError, match=r"shape \[V, D\], got \[0\] in LlamaForCausalLM"):
+        model(input_ids=IDS, labels=LABELS, fused_lm_head=True)
 
 
 def test_arguments():
@@ -320,6 +352,19 @@ def _wrap(model, how):
     return fully_shard(model)
 
 
+def _refusal_of_a_tensor_parallel_head():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = make()
+    patch_model(model)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"lm_head": ColwiseParallel()})
+    try:
+        model(input_ids=IDS, labels=LABELS, fused_lm_head=True)
+    except ValueError as error:
+        return str(error)
+
+
 def _distributed(rank, port, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -338,6 +383,7 @@ def _distributed(rank, port, path):
             name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
             for name, p in model.named_parameters()
         }
+    found["tensor-parallel"] = _refusal_of_a_tensor_parallel_head()
     if rank == 0:
         torch.save(found, path)
     torch.distributed.barrier()
@@ -353,6 +399,7 @@ def test_two_ranks(tmp_path):
     path = tmp_path / "gradients.pt"
     mp.start_processes(_distributed, (port, path), nprocs=2, start_method="spawn")
     found = torch.load(path, weights_only=True)
+    assert "the LM head of LlamaForCausalLM is a DTensor" in found["tensor-parallel"]
     for how in WRAPPERS:
         model = make(tie_word_embeddings=how == "tied")
         (own_logprobs(model).sum() / 2).backward()

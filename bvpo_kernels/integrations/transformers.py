@@ -242,12 +242,13 @@ def _score(
         target_BL, scored = shift_labels, slice(None)
     name = type(model).__name__
 
-    def score(hidden_BLD: Tensor, target_BL: Tensor) -> dict[str, Tensor]:
-        # Read here, under the head's own hooks: only now are sharded weights whole.
+    def score(hidden_BLD: Tensor) -> dict[str, Tensor]:
+        # Read here, under the head's own hooks: only now are sharded weights whole. One argument,
+        # as the head's forward has: the hooks of a tensor-parallel head would drop a second.
         head = read_head(model.get_output_embeddings(), name)
         return _fields(head, hidden_BLD, target_BL, options)
 
-    values = call_with_hooks(model.get_output_embeddings(), score, hidden_BLD, target_BL)
+    values = call_with_hooks(model.get_output_embeddings(), score, hidden_BLD)
     mask_BL = target_BL != IGNORE_INDEX
     count = mask_BL.sum().clamp(min=1) if num_items is None else num_items
     return FusedHeadOutput(
