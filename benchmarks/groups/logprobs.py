@@ -261,6 +261,12 @@ GROUP = Group(
         *_cases(32_768, SMOLLM2, "bfloat16", MODES, 1),
         *_cases(32_768, QWEN25, "bfloat16", ("trained",), 1),
         *_cases(65_536, SMOLLM2, "bfloat16", ("scores", "trained"), 1),
+        # How time and memory grow, on any machine: naive code fits, and no bf16 GEMM is needed.
+        *(
+            case
+            for tokens in (4096, 16_384, 65_536)
+            for case in _cases(tokens, {"D": 576, "V": 8192}, "float32", ("scores", "trained"), 1)
+        ),
     ),
     quick=(
         *_cases(512, SMOLLM2, "bfloat16", MODES, 3),
