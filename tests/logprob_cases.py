@@ -58,9 +58,12 @@ def run(inputs, impl, need=("hidden", "weight", "bias"), dtype=None, **options):
 
 
 def compare(
-    case: Case, impl: str, need=("hidden", "weight", "bias"), inputs=None, **options
+    case: Case, impl: str, need=("hidden", "weight", "bias"), inputs=None, slack=0.0, **options
 ) -> dict[str, Tensor]:
-    """Assert that `impl` is as accurate as the naive head, for every result; return its results."""
+    """Assert that `impl` is as accurate as the naive head, for every result; return its results.
+
+    slack: an error that is granted besides, relative to the largest element of a result.
+    """
     inputs = inputs or case.inputs()
     oracle = run(inputs, "reference", need, torch.float64, **case.options)
     eager = run(inputs, "reference", need, **case.options)
@@ -69,8 +72,20 @@ def compare(
         expected = torch.float32 if name in ("logprobs", "entropy") else case.dtype
         if case.dtype != torch.float64:
             assert actual[name].dtype == expected, name
-        assert_accurate(f"{impl} {name}", actual[name], eager[name], value)
+        bound = slack * float(value.abs().max()) if slack and value.numel() else 0.0
+        assert_accurate(f"{impl} {name}", actual[name], eager[name], value, bound)
     return actual
+
+
+def order_of_sums(inputs: dict[str, Tensor]) -> Tensor:
+    """[T] fp64, standard deviation of what two orders of a logit's D fp32 additions differ by.
+
+    Each rounds a partial sum, which grows evenly up to |z|, by up to half a spacing. Standard
+    deviation of the last: eps |z| / sqrt(12); of all: eps |z| sqrt(D / 36); of a difference:
+    sqrt(2) times as much.
+    """
+    z_T = (inputs["hidden"].double() @ inputs["weight"].double().T).abs().amax(1)
+    return torch.finfo(torch.float32).eps * z_T * (inputs["hidden"].shape[1] / 18) ** 0.5
 
 
 def with_options(case: Case, **changes) -> Case:

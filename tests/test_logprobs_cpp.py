@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from logprob_cases import Case, compare, run
+from logprob_cases import Case, compare, order_of_sums, run
 
 from bvpo_kernels import backends, linear_logprobs
 from bvpo_kernels.testing import max_error
@@ -69,7 +69,9 @@ sizes = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 255, 256, 25
 def test_ragged_shapes(num_tokens, dim, vocab, dtype, need, bias, options, workspace):
     need = tuple(name for name in need if bias or name != "bias")
     case = Case(num_tokens, dim, vocab, dtype, bias=bias, options=options)
-    compare(case, "cpp", need, workspace_bytes=workspace)
+    # Of one token and one column the naive head may be exact by luck: two standard deviations.
+    slack = 2 * float(order_of_sums(case.inputs()).max())
+    compare(case, "cpp", need, slack=slack, workspace_bytes=workspace)
 
 
 def test_error_is_a_hundred_times_below_that_of_bf16_logits():

@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 import torch
-from logprob_cases import Case, run
+from logprob_cases import Case, order_of_sums, run
 from torch import Tensor
 
 from bvpo_kernels import backends, linear_logprobs, tail_certificates
@@ -76,14 +76,10 @@ def _recomputed(inputs, temperature):
 
     The exact path forms them twice by one product, so that where p -> 1 their errors cancel in
     z - lse. Dense tokens are compacted: a product of another shape, for which some CPUs add in
-    another order. Each of D additions rounds a partial sum, which grows evenly up to |z|, by up to
-    half a spacing. Standard deviation of one at the end: eps |z| / sqrt(12); of all of them:
-    eps |z| sqrt(D / 36); of the difference of two products: sqrt(2) times as much.
+    another order.
     """
-    hidden, weight = inputs["hidden"].double(), inputs["weight"].double()
-    z_T = (hidden @ weight.T).abs().amax(1)
-    deviation_T = torch.finfo(torch.float32).eps * z_T * (hidden.shape[1] / 18) ** 0.5
-    return deviation_T * inputs["upstream"].abs() * weight.norm(dim=1).max() / temperature**2
+    largest = inputs["weight"].double().norm(dim=1).max()
+    return order_of_sums(inputs) * inputs["upstream"].abs() * largest / temperature**2
 
 
 def _assert_bounded(inputs, impl, tolerance, need=("hidden", "weight", "bias"), **options):
