@@ -163,10 +163,13 @@ def _norm_form(module: nn.Module) -> tuple[float, bool] | None:
     weight, kind = module._parameters.get("weight"), type(module)
     if weight is None or weight.ndim != 1:
         return None
-    if isinstance(module, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward:
+    own = "forward" in module.__dict__  # a patch, as liger-kernel makes them
+    if isinstance(module, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward and not own:
         return module.eps, True
-    if isinstance(module, nn.RMSNorm) and kind.forward is nn.RMSNorm.forward:
+    if isinstance(module, nn.RMSNorm) and kind.forward is nn.RMSNorm.forward and not own:
         return torch.finfo(weight.dtype).eps if module.eps is None else module.eps, False
+    if own and not hasattr(module.__dict__["forward"], "__func__"):
+        return None  # a closure, which cannot be asked
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(eps, float) or len(module._parameters) > 1:
         return None
@@ -174,17 +177,26 @@ def _norm_form(module: nn.Module) -> tuple[float, bool] | None:
 
 
 def _probe_norm(module: nn.Module, size: int, eps: float) -> bool:
-    """Whether a class of somebody else is an RMSNorm: asked of a copy with a weight of our own."""
+    """Whether a forward of somebody else is an RMSNorm: asked of a copy with a weight of our own.
+
+    It is asked where it will run: liger-kernel's runs on a GPU only, and is refused on a CPU.
+    """
     # copy.copy would run the constructor of a module that FSDP2 has given another class.
     probe: Any = object.__new__(type(module))
     probe.__dict__ = module.__dict__.copy()
-    values = torch.arange(3 * size, dtype=torch.float32).reshape(1, 3, size)
+    device = module._parameters["weight"].device  # type: ignore[union-attr]
+    if device.type == "meta" or (device.type == "cpu" and torch.cuda.is_available()):
+        # Weights that are not there yet, or rest on the host between uses.
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    values = torch.arange(3 * size, dtype=torch.float32, device=device).reshape(1, 3, size)
     x, dy, weight = values.sin(), values.cos(), nn.Parameter(values[0, 0].mul(0.7).cos())
     probe._parameters = {"weight": weight}
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    # A patch is bound to the module, not to the copy.
+    forward = getattr(module.__dict__.get("forward"), "__func__", type(module).forward)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         try:
-            y = type(module).forward(probe, x)
-            (gradient,) = torch.autograd.grad(y, weight, dy)
+            y = forward(probe, x)
+            (gradient,) = torch.autograd.grad(y, weight, dy.clone())
         except Exception:  # not a module that maps one tensor to one tensor with this weight
             return False
     expected = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * dy).sum((0, 1))
