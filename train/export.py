@@ -7,23 +7,23 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from train.adapters import base_model, merged_weights
 from train.files import replace_folder
-from train.parallel import ALONE, World, whole
+from train.parallel import ALONE, World
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, path: Path, world: World = ALONE) -> None:
     """Write weights, configuration and tokenizer to the folder `path`, for `from_pretrained`.
 
-    Every rank calls; rank 0 writes.
+    Adapters are merged into the weights. Every rank calls; rank 0 writes.
     """
     state = {}
-    for name, tensor in model.state_dict().items():
-        full = whole(tensor)
+    for name, full in merged_weights(model):
         if world.is_main:
             state[name] = full.cpu()
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder, state_dict=state)
+        base_model(model).save_pretrained(folder, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +14,9 @@ from bvpo_kernels.integrations.lm_head import call_with_hooks, read_head
 from bvpo_kernels.integrations.transformers import logit_transform
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import IGNORE_INDEX, TRACE, PackedBatch, TokenPair, Unit
-from train import loading, parallel
+from train import adapters, attention, loading, parallel
 from train.config import RunConfig
+from train.liger import apply_liger
 from train.models import load_model
 from train.parallel import World
 
@@ -23,8 +25,8 @@ class FusedHeadLM(nn.Module):
     """logp_t = log softmax(head(decoder(tokens)_t))[target_t] for every row of a pack.
 
     Args:
-        model: a causal LM of transformers. Its decoder must read packed rows, that is, keep the
-            segments apart by `position_ids`; `self_check` finds out.
+        model: a causal LM of transformers, or peft's LoRA around one. Its decoder must read packed
+            rows, that is, keep the segments apart by `position_ids`; `self_check` finds out.
         compute_dtype: autocast dtype of the forward; None, or the dtype of the parameters, is none.
         backend: `impl` of `linear_logprobs`.
         workspace_bytes: bound on the head's temporary memory.
@@ -47,6 +49,9 @@ class FusedHeadLM(nn.Module):
         super().__init__()
         self.model = model
         self.compute_dtype = model.dtype if compute_dtype is None else compute_dtype
+        # Adapters of half-precision weights are fp32.
+        dtypes = {p.dtype for name, p in model.named_parameters() if adapters.is_adapter(name)}
+        self.mixed = {model.dtype, *dtypes} != {self.compute_dtype}
         self.backend = backend
         self.workspace_bytes = workspace_bytes
         self.tail_tolerance = tail_tolerance
@@ -69,8 +74,7 @@ class FusedHeadLM(nn.Module):
             return self._logprobs(batch)
 
     def _autocast(self) -> torch.autocast:
-        mixed = self.compute_dtype != self.model.dtype
-        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=mixed)
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.mixed)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """What the LM head reads, [T, D]."""
@@ -81,6 +85,7 @@ class FusedHeadLM(nn.Module):
             position_ids=batch.position_ids_T[None],
             attention_mask=None,
             use_cache=False,
+            **attention.segment_options(self.model, batch),
         ).last_hidden_state
         return hidden_1TD[0]
 
@@ -93,10 +98,14 @@ class FusedHeadLM(nn.Module):
 
     def _head_logprobs(self, hidden_TD: Tensor, target_T: Tensor, max_scored: int | None) -> Tensor:
         head = read_head(self.model.get_output_embeddings(), type(self.model).__name__)
+        # LoRA on the head has the exact backward only, over all rows.
+        more: dict[str, Any] = {}
+        if not head.adapters:
+            more = {"tail_tolerance": self.tail_tolerance, "max_scored": max_scored}
         logprobs_T, _ = head.logprobs(
             hidden_TD, target_T, return_entropy=False, temperature=self.transform.temperature,
             softcap=self.transform.softcap, workspace_bytes=self.workspace_bytes,
-            impl=self.backend, tail_tolerance=self.tail_tolerance, max_scored=max_scored,
+            impl=self.backend, **more,
         )  # fmt: skip
         return logprobs_T
 
@@ -112,20 +121,22 @@ class FusedHeadLM(nn.Module):
             ValueError: naming the model's class and the difference found.
         """
         batch = _probe_batch(self.model.config.get_text_config().vocab_size).to(self.device)
-        # Without autocast: its rounding would hide a small leak.
-        dtype = self.hidden(batch).dtype
-        packed_T = self._logprobs(batch)
-        alone = []
-        for start, end in pairwise(batch.cu_seqlens.tolist()):
-            tokens_1T = batch.tokens_T[None, start:end]
-            logits_TV = self.model(input_ids=tokens_1T, use_cache=False).logits[0]
-            logp_TV = logits_TV.to(packed_T.dtype).log_softmax(-1)
-            target_T1 = batch.target_T[start:end, None]
-            alone.append(logp_TV.gather(1, target_T1.clamp_min(0))[:, 0])
+        # Without autocast, whose rounding would hide a small leak, where attention allows it.
+        half = self.model.config._attn_implementation in attention.HALF_ONLY
+        with self._autocast() if half else nullcontext():
+            half = half or self.hidden(batch).dtype not in (torch.float32, torch.float64)
+            packed_T = self._logprobs(batch)
+            alone = []
+            for start, end in pairwise(batch.cu_seqlens.tolist()):
+                tokens_1T = batch.tokens_T[None, start:end]
+                logits_TV = self.model(input_ids=tokens_1T, use_cache=False).logits[0]
+                logp_TV = logits_TV.to(packed_T.dtype).log_softmax(-1)
+                target_T1 = batch.target_T[start:end, None]
+                alone.append(logp_TV.gather(1, target_T1.clamp_min(0))[:, 0])
         wrong_T = (packed_T - torch.cat(alone)).masked_fill(batch.target_T == IGNORE_INDEX, 0).abs()
         # bf16 rounds logits of 16 to 32 by up to 0.06 each way, and the hidden states before them;
         # an unknown scale or a leak is off by nats.
-        tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.5
+        tolerance = 0.5 if half else 1e-3
         if not bool(wrong_T.max() <= tolerance):
             raise ValueError(
                 f"model: {type(self.model).__name__} scores a packed row differently from its own "
@@ -156,8 +167,9 @@ def build_policy(cfg: RunConfig, world: World | None = None) -> tuple[FusedHeadL
     is read shard by shard, so that no rank ever holds the whole model.
 
     Raises:
-        ValueError: for float16.
+        ValueError: for float16, and for adapters that another option cannot be combined with.
     """
+    adapters.check(cfg)
     if cfg.model.compute_dtype == "float16":
         raise ValueError(
             "model.compute_dtype: expected float32 or bfloat16, got float16, whose small gradients "
@@ -165,12 +177,20 @@ def build_policy(cfg: RunConfig, world: World | None = None) -> tuple[FusedHeadL
         )
     if world is not None and world.mesh is not None:
         return _build_sharded(cfg, world)
-    model, tokenizer = load_model(cfg.model)
-    policy = _fuse(model, cfg, getattr(torch, cfg.model.compute_dtype))
+    model, tokenizer = load_model(cfg.model, packed=True)
+    policy = _fuse(model, cfg, getattr(torch, cfg.model.compute_dtype), world or parallel.ALONE)
     return policy if world is None else policy.to(world.device), tokenizer
 
 
-def _fuse(model: PreTrainedModel, cfg: RunConfig, compute_dtype: torch.dtype) -> FusedHeadLM:
+def _fuse(
+    model: PreTrainedModel, cfg: RunConfig, compute_dtype: torch.dtype, world: World
+) -> FusedHeadLM:
+    liger = apply_liger(model, cfg.train.liger, world.device)
+    if world.is_main:
+        chosen = model.config._attn_implementation
+        print(f"attention: {chosen}; liger: {'on' if liger else 'off'}")
+    if cfg.adapter is not None:
+        model = adapters.add_adapters(model, cfg.adapter, cfg.seed)
     return FusedHeadLM(
         model, compute_dtype=compute_dtype, backend=cfg.train.head_backend,
         workspace_bytes=cfg.train.workspace_mib * 2**20, tail_tolerance=cfg.train.tail_tolerance,
@@ -180,7 +200,7 @@ def _fuse(model: PreTrainedModel, cfg: RunConfig, compute_dtype: torch.dtype) ->
 def _build_sharded(cfg: RunConfig, world: World) -> tuple[FusedHeadLM, Any]:
     model, tokenizer, weights = loading.empty_model(cfg.model)
     # FSDP2 casts the weights as it gathers them: nothing is left for autocast.
-    policy = _fuse(model, cfg, model.dtype)
+    policy = _fuse(model, cfg, model.dtype, world)
     policy.run_device = world.device
     parallel.shard(policy, cfg.parallel, world, getattr(torch, cfg.model.compute_dtype))
     if weights is not None:

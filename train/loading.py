@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from train.adapters import base_name, is_adapter
 from train.config import ModelConfig
-from train.models import load_model, load_tokenizer, readable_errors, resolve
+from train.models import attention_of, load_model, load_tokenizer, readable_errors, resolve
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -81,7 +82,7 @@ def empty_model(cfg: ModelConfig) -> tuple[PreTrainedModel, Any, Weights | None]
         with readable_errors("model.name", cfg.name):
             weights = find_weights(path)
     if weights is None:
-        return *load_model(cfg), None
+        return *load_model(cfg, packed=True), None
     from accelerate import init_empty_weights
 
     with readable_errors("model.name", cfg.name):
@@ -91,7 +92,7 @@ def empty_model(cfg: ModelConfig) -> tuple[PreTrainedModel, Any, Weights | None]
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, cfg.param_dtype),
-                attn_implementation=cfg.attention, **options,
+                attn_implementation=attention_of(cfg, packed=True), **options,
             )  # fmt: skip
     model.tie_weights()
     if (Path(path) / "generation_config.json").is_file():
@@ -118,6 +119,8 @@ def _names(model: nn.Module) -> dict[str, set[str]]:
 def fill(model: nn.Module, weights: Weights, device: torch.device) -> None:
     """Read this rank's rows of every parameter from the files; tied ones stay tied.
 
+    Adapters, which no checkpoint of a base model has, keep their values.
+
     Args:
         model: parameters are DTensors on the meta device, Shard(0) or replicated besides.
         device: where the parameters go.
@@ -128,7 +131,9 @@ def fill(model: nn.Module, weights: Weights, device: torch.device) -> None:
     modules = dict(model.named_modules())
     with weights.open() as take:
         for first, names in _names(model).items():
-            stored = take(min(names & {*weights.files}))
+            if is_adapter(first):
+                continue
+            stored = take(min({base_name(name) for name in names} & {*weights.files}))
             old: Any = model.get_parameter(first) if _is_parameter(model, first) else None
             tensor = model.get_buffer(first) if old is None else old
             if tuple(stored.get_shape()) != tuple(tensor.shape):

@@ -19,7 +19,8 @@ from bvpo_kernels.losses import LOSSES
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.tail import Certificate, tail_certificates
 from bvpo_kernels.types import BVPOLoss, Unit
-from train import head_memory, parallel, reference, report
+from train import head_memory, online, parallel, reference, report
+from train.adapters import save_adapter
 from train.alpha import build_alpha, build_stats, describe, kind_scale
 from train.config import OptimConfig, RunConfig
 from train.data import MicroBatch, Step, StepPlan, load_units
@@ -30,9 +31,11 @@ from train.files import replace_file
 from train.head import FusedHeadLM, build_policy
 from train.interrupts import Interruption
 from train.marginal import UNTRAINED
+from train.online import OnlineReference
 from train.out_of_memory import explained
 from train.parallel import ALONE, World, synchronise, whole
 from train.profiling import recording
+from train.reference import ReferenceCache
 from train.throughput import StepFlops, peak_flops, utilization
 
 
@@ -98,6 +101,7 @@ class Trainer:
         tokenizer: saved beside the final model; None saves none.
         train_units, held_out: disjoint; `held_out` may be empty; the same on every rank.
         world: the ranks that the policy is spread over.
+        frozen: for `reference: frozen_copy`, a second model with the policy's weights.
     """
 
     def __init__(
@@ -108,15 +112,19 @@ class Trainer:
         train_units: Sequence[Unit],
         held_out: Sequence[Unit],
         world: World = ALONE,
+        frozen: FusedHeadLM | None = None,
     ) -> None:
         self.cfg, self.policy, self.tokenizer, self.held_out = cfg, policy, tokenizer, held_out
         self.world = world
         self.run_dir = Path(cfg.run_dir)
         self.plan = StepPlan(train_units, cfg.train, cfg.seed, world.rank, world.size)
         policy.self_check()
-        scores = None
+        scores: ReferenceCache | OnlineReference | None = None
         if LOSSES[cfg.loss.name].reference:
-            scores = reference.load_or_build(policy, self.plan, held_out, cfg, world)
+            if cfg.reference == "cache":
+                scores = reference.load_or_build(policy, self.plan, held_out, cfg, world)
+            else:
+                scores = online.online_reference(cfg, policy, frozen)
         parallel.reshard(policy)
         self.objective = Objective(policy, scores, cfg.loss, world)
         self.alpha = build_alpha(cfg.alpha)
@@ -160,6 +168,7 @@ class Trainer:
                 if last or (eval_every and (step + 1) % eval_every == 0):
                     after = self.evaluate(log, step + 1)
         save_model(self.policy.model, self.tokenizer, self.run_dir / "model", self.world)
+        save_adapter(self.policy.model, self.run_dir / "adapter", self.world)
         if main:
             self._report(before, after)
         return 0
@@ -191,6 +200,8 @@ class Trainer:
         with watch("data"):
             data = self.plan[step]
         found = Findings(MetricSum(), {} if MARGINAL in data.kinds else None, [])
+        with watch("reference"):
+            self.objective.prepare(data.micro_batches)
         with watch("forward"):
             kl = self.objective.kl(data.micro_batches)
         with tail_certificates() if self.policy.tail_tolerance > 0 else nullcontext() as tails:
@@ -330,7 +341,8 @@ def run(cfg: RunConfig) -> int:
         torch.manual_seed(cfg.seed)
         train_units, held_out = load_units(cfg)
         policy, tokenizer = build_policy(cfg, world)
-        trainer = Trainer(cfg, policy, tokenizer, train_units, held_out, world)
+        frozen = build_policy(cfg, world)[0] if online.needs_copy(cfg) else None
+        trainer = Trainer(cfg, policy, tokenizer, train_units, held_out, world, frozen)
         if not cfg.dry_run:
             return trainer.run()
         if world.is_main:

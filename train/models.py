@@ -15,7 +15,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from train.attention import resolve_attention
 from train.config import ModelConfig
+from train.devices import with_compute_dtype
 
 
 class Wheel(NamedTuple):
@@ -106,10 +108,20 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     return tokenizer
 
 
-def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, Any]:
+def attention_of(cfg: ModelConfig, packed: bool) -> str:
+    """The attention implementation that `cfg.attention` means on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, with_compute_dtype(cfg).compute_dtype)
+    return resolve_attention(cfg.attention, device, dtype, packed=packed)
+
+
+def load_model(cfg: ModelConfig, *, packed: bool = False) -> tuple[PreTrainedModel, Any]:
     """Model with parameters of `cfg.param_dtype`, in eval mode, and its tokenizer.
 
     GGUF weights are unpacked into ordinary Linear layers: packed ones cannot be trained.
+
+    Args:
+        packed: for rows of several segments, not for generation; see `resolve_attention`.
 
     Raises:
         FileNotFoundError, ValueError: if it cannot be loaded, lacks an LM head, or its checkpoint
@@ -123,7 +135,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, Any]:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, cfg.param_dtype),
-            attn_implementation=cfg.attention,
+            attn_implementation=attention_of(cfg, packed),
             trust_remote_code=cfg.trust_remote_code,
             output_loading_info=True,
             **options,

@@ -74,7 +74,7 @@ def fingerprint(policy: FusedHeadLM, cfg: ModelConfig) -> dict[str, str]:
         "weights": weights_digest(policy.model),
         "param_dtype": cfg.param_dtype,
         "compute_dtype": cfg.compute_dtype,
-        "attention": cfg.attention,
+        "attention": policy.model.config._attn_implementation,
         "temperature": repr(policy.transform.temperature),
         "softcap": repr(policy.transform.softcap),
         "trace_open": cfg.trace_open,
@@ -126,6 +126,13 @@ class ReferenceCache:
                 f"{where}: reference scores are missing for {len(missing)} responses ({shown}"
                 f"{'; ...' if len(missing) > _MISSING_SHOWN else ''}); rebuild them with cache-ref"
             )
+
+    def prepare(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Nothing: the scores are there."""
+
+    def of(self, micro: MicroBatch) -> Tensor:
+        """Scores [S] of a micro-batch, on the CPU."""
+        return self.scores(micro.units)
 
     def scores(self, units: Sequence[Unit]) -> Tensor:
         """Scores [S] of the segments of `pack(units)`, in its order, on the CPU."""

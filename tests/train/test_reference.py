@@ -15,7 +15,7 @@ from train import reference
 from train.data import StepPlan
 from train.head import FusedHeadLM
 
-CFG_KEYS = ["param_dtype", "compute_dtype", "attention", "trace_open", "trace_close", "empty_trace"]
+CFG_KEYS = ["param_dtype", "compute_dtype", "trace_open", "trace_close", "empty_trace"]
 
 
 def build(cfg, units, policy=None):
@@ -63,12 +63,14 @@ def test_cache_of_another_setting_is_refused(tmp_path, key):
     assert str(reference.cache_path(cfg)) in str(error.value)
 
 
-@pytest.mark.parametrize("change", ["weights", "softcap", "temperature"])
+@pytest.mark.parametrize("change", ["weights", "softcap", "temperature", "attention"])
 def test_cache_of_another_model_is_refused(tmp_path, change):
     cfg, units = make_cfg(tmp_path), make_units(5)
     make_trainer(cfg, units)
     policy = FusedHeadLM(tiny_model())
-    if change == "weights":
+    if change == "attention":  # what was chosen counts, not how it was asked for
+        policy = FusedHeadLM(tiny_model(attention="eager"))
+    elif change == "weights":
         with torch.no_grad():
             policy.model.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
     else:

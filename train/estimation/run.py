@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from transformers import PretrainedConfig
 
+from train.attention import AUTO
 from train.config import RunConfig
 from train.estimation.config import EstimationConfig
 from train.estimation.trace import (
@@ -19,7 +21,9 @@ from train.estimation.trace import (
     sizes,
     trace,
 )
+from train.models import attention_of
 
+Run = TypeVar("Run", bound=RunConfig)
 GIB = 2**30
 # Scratch of a layer's gradients per group (`eager.grad_stats.TILE_BYTES`), and its reduction's.
 STATISTICS_TILES = 2 * 16 * 2**20
@@ -169,6 +173,13 @@ def _compute(cfg: RunConfig, size: Sizes, segments: int, micro_batches: int) -> 
     )
 
 
+def with_attention(cfg: Run) -> Run:
+    """The same with model.attention "auto" replaced by what this machine would take."""
+    if cfg.model.attention != AUTO:
+        return cfg
+    return replace(cfg, model=replace(cfg.model, attention=attention_of(cfg.model, packed=True)))
+
+
 def estimate(
     cfg: RunConfig, gpus: int, segments: int = 4, config: PretrainedConfig | None = None
 ) -> Estimate:
@@ -180,6 +191,7 @@ def estimate(
     Raises:
         FileNotFoundError, ValueError: naming the argument that cannot be served.
     """
+    cfg = with_attention(cfg)
     _shards(cfg, gpus)
     if segments < 1:
         raise ValueError(f"segments: expected a number >= 1, got {segments}")
@@ -264,6 +276,7 @@ def run(cfg: EstimationConfig) -> None:
     for name in ("gpu_memory", "tflops", "peak_tflops"):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"{name}: expected a number > 0, got {getattr(cfg, name)}")
+    cfg = with_attention(cfg)
     result = estimate(cfg, cfg.gpus, cfg.segments)
     print(table(result, cfg))
     limit = cfg.gpu_memory * GIB

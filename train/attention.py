@@ -1,0 +1,166 @@
+"""Which attention reads the packed rows: flash-attn, torch's own varlen kernel, or sdpa.
+
+sdpa is given a block-diagonal mask of [T, T] entries; the other two are given `cu_seqlens` and cost
+the sum of the squared segment lengths, so they are what long rows need. Both serve half precision
+on CUDA only. Their backwards add in no fixed order: two runs on a GPU differ by rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from bvpo_kernels.types import PackedBatch
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a build of torch without it
+    varlen_attn = None  # type: ignore[assignment]
+
+AUTO = "auto"
+SDPA = "sdpa"
+FLASH = "flash_attention_2"
+VARLEN = "torch_varlen"
+HALF_ONLY = (FLASH, VARLEN)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def resolve_attention(
+    name: str, device: torch.device, compute_dtype: torch.dtype, *, packed: bool = True
+) -> str:
+    """The attention implementation of transformers that `model.attention` asks for.
+
+    Args:
+        name: "auto", or a name that transformers knows; `VARLEN` is registered here.
+        device: where the model will run.
+        compute_dtype: of queries, keys and values.
+        packed: rows of several segments (training). Generation has padding and a cache, which
+            torch's kernel is not given here: it falls back to flash-attn or sdpa.
+
+    Raises:
+        ValueError: model.attention names an implementation that this device, dtype or torch lacks.
+    """
+    half = device.type == "cuda" and compute_dtype in _HALF
+    flash = half and is_flash_attn_2_available()
+    varlen = half and _torch_varlen_serves(device)
+    if name == AUTO:
+        return FLASH if flash else VARLEN if varlen and packed else SDPA
+    if name != VARLEN:
+        return name
+    if not varlen:
+        raise ValueError(
+            f"model.attention: {VARLEN!r} expects bfloat16 or float16 on a CUDA device of compute "
+            f"capability 8.0 or newer, got {compute_dtype} on {device}"
+        )
+    return VARLEN if packed else FLASH if flash else SDPA
+
+
+def _torch_varlen_serves(device: torch.device) -> bool:
+    known = varlen_attn is not None and "window_size" in _parameters(varlen_attn)
+    return known and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """Releases differ: `window_size` came after `varlen_attn`, and `enable_gqa` later still."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def segment_options(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+    """What a decoder is called with besides the row and its positions; nothing for sdpa.
+
+    With it flash-attn need not find the segments from the positions again in every layer, which
+    makes the host wait for the device.
+    """
+    if model.config._attn_implementation not in HALF_ONLY:
+        return {}
+    lengths = (batch.cu_seqlens, batch.max_seqlen)
+    names = ("cu_seq_lens_q", "max_length_q", "cu_seq_lens_k", "max_length_k")
+    return dict(zip(names, (*lengths, *lengths), strict=True))
+
+
+def varlen_attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within segments by torch's `varlen_attn`, as transformers calls it.
+
+    H query heads share G key heads. Without `cu_seq_lens_q` every row of the batch is a segment.
+    The result is [B, T, H, D]. fp32 queries (norms of fp32 weights make them) are cast to the dtype
+    of autocast, as sdpa's are.
+
+    Raises:
+        ValueError: for what the kernel does not compute: a softcap, sinks, a bias, dropout, a
+            cache, attention that is not causal, half precision without autocast.
+    """
+    batch, heads, tokens, _ = query_BHTD.shape
+    _refuse(module, options, dropout, key_BGTD.shape[2] == tokens)
+    if cu_seq_lens_q is None or max_length_q is None:
+        ends = torch.arange(batch + 1, dtype=torch.int32, device=query_BHTD.device)
+        cu_seq_lens_q, max_length_q = ends * tokens, tokens
+    # [B, heads, T, D] -> [B T, heads, D]: the rows of the batch one after another.
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHTD, key_BGTD, value_BGTD))
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    gqa: dict[str, Any] = {}
+    if k.shape[1] != heads:
+        if "enable_gqa" in _parameters(varlen_attn):
+            gqa = {"enable_gqa": True}
+        else:
+            k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    # A window counts the token itself in transformers, and not in torch.
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    out: Any = varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+        scale=scaling, window_size=window, **gqa,
+    )  # fmt: skip
+    return out.unflatten(0, (batch, tokens)), None
+
+
+def _refuse(module: nn.Module, options: dict[str, Any], dropout: float, whole: bool) -> None:
+    causal = options.get("is_causal")
+    wrong = {
+        "softcap": options.get("softcap") is not None,
+        "attention sinks": options.get("s_aux") is not None,
+        "a position bias": options.get("position_bias") is not None,
+        "dropout": dropout > 0,
+        "a cache": not whole,
+        "attention that is not causal": not (
+            getattr(module, "is_causal", True) if causal is None else causal
+        ),
+    }
+    found = [name for name, present in wrong.items() if present]
+    if found:
+        raise ValueError(
+            f"model.attention: {VARLEN!r} does not serve {', '.join(found)} of "
+            f"{type(module).__name__}; choose 'sdpa' or 'eager'"
+        )
+
+
+def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    """Segments come as `cu_seq_lens_q`, so there is no mask; padding would be attended to."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            f"attention_mask: {VARLEN!r} expects rows without padding; model.attention 'sdpa' "
+            f"serves it"
+        )
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, _no_mask)
