@@ -179,27 +179,22 @@ def base_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of everything that is saved, scale B A added where a layer is adapted.
+def merged(base: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+    """The whole of a tensor of `base.state_dict()`, scale B A added where its layer is adapted.
 
-    The sums are formed in fp32 (fp64 for fp64) and rounded once; the model is left as it is. A
-    collective per tensor for sharded models. A model without adapters gives its `state_dict`.
+    The sum is formed in fp32 (fp64 for fp64) and rounded once; the model is left as it is. A
+    collective for sharded models, or three.
     """
-    base = base_model(model)
-    modules = dict(base.named_modules())
-    for name, tensor in base.state_dict().items():
-        if is_adapter(name):
-            continue
-        owner, _, leaf = name.rpartition(".")
-        tensor = whole(tensor)
-        if owner.endswith(".base_layer") and leaf == "weight":
-            layer = modules[owner.removesuffix(".base_layer")]
-            acc = torch.promote_types(tensor.dtype, torch.float32)
-            a_RD, b_VR = (
-                whole(part[_NAME].weight.detach()).to(acc) for part in (layer.lora_A, layer.lora_B)
-            )
-            tensor = (tensor.to(acc) + layer.scaling[_NAME] * (b_VR @ a_RD)).to(tensor.dtype)
-        yield base_name(name), tensor
+    owner, _, leaf = name.rpartition(".")
+    tensor = whole(tensor)
+    if not owner.endswith(".base_layer") or leaf != "weight":
+        return tensor
+    layer: Any = base.get_submodule(owner.removesuffix(".base_layer"))
+    acc = torch.promote_types(tensor.dtype, torch.float32)
+    a_RD, b_VR = (
+        whole(part[_NAME].weight.detach()).to(acc) for part in (layer.lora_A, layer.lora_B)
+    )
+    return (tensor.to(acc) + layer.scaling[_NAME] * (b_VR @ a_RD)).to(tensor.dtype)
 
 
 def save_adapter(model: Any, path: Path, world: World) -> None:

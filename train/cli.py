@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from train.config import RunConfig
+from train.config import ExportConfig, RunConfig
 from train.estimation.config import EstimationConfig
 from train.evaluation.config import EvaluateConfig
 from train.study.config import StudyConfig
@@ -23,12 +23,14 @@ COMMANDS = {
     "cache-ref": ("train.reference", "compute and store the reference model's scores"),
     "train": ("train.loop", "train with the BVPO loss"),
     "estimate": ("train.estimation.run", "memory and FLOPs of a step, without weights"),
+    "export": ("train.export", "write a checkpoint's model for from_pretrained"),
     "evaluate": ("train.evaluation.run", "answer a benchmark's questions, with scores or files"),
     "study": ("train.study.run", "measure, on a small model, whether a* minimises and helps"),
 }
 # Commands with options of their own; the others share those of `RunConfig`.
 CONFIGS: dict[str, type] = {
     "estimate": EstimationConfig,
+    "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "study": StudyConfig,
 }

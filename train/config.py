@@ -224,6 +224,21 @@ class ProfileConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What a run can go on from after it was interrupted (`run_dir/checkpoints`).
+
+    every: steps between checkpoints; None: none. keep_latest: older ones are removed.
+    async_save: copy to the CPU, then write while training goes on; one at a time.
+    resume: go on from the newest whole checkpoint; false: refuse a folder that has any.
+    """
+
+    every: int | None = None
+    keep_latest: int = 2
+    async_save: bool = False
+    resume: bool = True
+
+
+@dataclass
 class RunConfig:
     """Everything that a run depends on; it is written into `run_dir` as it was used.
 
@@ -248,3 +263,19 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass
+class ExportConfig(RunConfig):
+    """The run's options, and what becomes of one of its checkpoints.
+
+    source: the checkpoint's folder; None: the newest in `run_dir`. output: the folder to write;
+    None: export in `run_dir`. dtype: of the weights; None: model.param_dtype. max_shard_size: of
+    one file of weights.
+    """
+
+    source: str | None = None
+    output: str | None = None
+    dtype: DtypeName | None = None
+    max_shard_size: str = "5GB"

@@ -22,6 +22,7 @@ from bvpo_kernels.types import BVPOLoss, Unit
 from train import head_memory, online, parallel, reference, report
 from train.adapters import save_adapter
 from train.alpha import build_alpha, build_stats, describe, kind_scale
+from train.checkpoint import Checkpointer, checkpoints
 from train.config import OptimConfig, RunConfig
 from train.data import MicroBatch, Step, StepPlan, load_units
 from train.dry_run import planned
@@ -36,6 +37,7 @@ from train.out_of_memory import explained
 from train.parallel import ALONE, World, synchronise, whole
 from train.profiling import recording
 from train.reference import ReferenceCache
+from train.state import TrainState, run_identity
 from train.throughput import StepFlops, peak_flops, utilization
 
 
@@ -139,21 +141,40 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, num_steps, cfg.optim)
         )
+        # Held-out metrics before the first step and after the last that was evaluated.
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.state = TrainState(policy, self.optimizer, self.schedule, self.alpha, self.stats)
+        self.checkpointer = self._build_checkpointer()
+
+    def _build_checkpointer(self) -> Checkpointer | None:
+        """None if the run neither writes checkpoints nor finds any."""
+        folder = self.run_dir / "checkpoints"
+        if self.cfg.checkpoint.every is None and not self.world.any(bool(checkpoints(folder))):
+            return None
+        weights = reference.weights_digest(self.policy.model)
+        identity = run_identity(self.cfg, self.plan.units, self.held_out, weights)
+        return Checkpointer(folder, self.world, self.cfg.checkpoint, identity, self.cfg.seed)
 
     def run(self) -> int:
         """Train, evaluate, save the model and draw the report; returns the exit code.
 
-        A run that is told to stop returns after its step, without a model and a report.
+        Goes on where a checkpoint is. A run that is told to stop returns after its step, with a
+        checkpoint but without a model and a report.
         """
         eval_every, num_steps = self.cfg.train.eval_every, self.plan.num_steps
-        main = self.world.is_main
+        main, start = self.world.is_main, self.resume()
         with (
-            report.RunLog(self.run_dir, active=main) as log,
+            report.RunLog(self.run_dir, active=main, step=start) as log,
             recording(self.cfg.profile, self.run_dir, self.world.rank) as profiled,
             Interruption() as interruption,
         ):
-            before = after = self.evaluate(log, 0)
-            bar = tqdm(range(num_steps), desc="train", unit="step", disable=not main)
+            if start == 0:
+                self.before = self.after = self.evaluate(log, 0)
+            bar = tqdm(
+                range(start, num_steps), desc="train", unit="step", initial=start, total=num_steps,
+                disable=not main,
+            )  # fmt: skip
             for step in bar:
                 with explained(self.cfg, self.world.size, self.world.rank):
                     line = self.train_step(step)
@@ -163,26 +184,56 @@ class Trainer:
                 if step == 0 and self.cfg.loss.name == "dpo" and main:
                     tqdm.write(f"first loss {line['loss']:.4f} (log 2 = {math.log(2):.4f})")
                 last = step + 1 == num_steps
-                if self.world.any(interruption.requested) and not last:
-                    return self._stop(step + 1, interruption)
+                stop = self.world.any(interruption.requested) and not last
                 if last or (eval_every and (step + 1) % eval_every == 0):
-                    after = self.evaluate(log, step + 1)
+                    self.after = self.evaluate(log, step + 1)
+                self._save(step + 1, now=last or stop)
+                if stop:
+                    return self._stop(step + 1, interruption)
+        if self.checkpointer is not None:
+            self.checkpointer.finish()
         save_model(self.policy.model, self.tokenizer, self.run_dir / "model", self.world)
         save_adapter(self.policy.model, self.run_dir / "adapter", self.world)
         if main:
-            self._report(before, after)
+            self._report()
         return 0
+
+    def resume(self) -> int:
+        """Go on from the newest whole checkpoint; returns the optimizer steps done, 0 if none."""
+        if self.checkpointer is None:
+            return 0
+        loaded = self.checkpointer.load_latest(self._state_dict)
+        if loaded is None:
+            return 0
+        self.state.load_state_dict(loaded.state)
+        self.before, self.after = loaded.state["evaluation"]
+        if self.world.is_main:
+            print(f"resumed after step {loaded.step} of {self.plan.num_steps}")
+        return loaded.step
+
+    def _state_dict(self) -> dict[str, Any]:
+        return {**self.state.state_dict(), "evaluation": [self.before, self.after]}
+
+    def _save(self, step: int, now: bool) -> None:
+        """A checkpoint after every n-th step; the log's lines are written by then."""
+        every = self.cfg.checkpoint.every
+        if self.checkpointer is not None and every is not None and (now or step % every == 0):
+            self.checkpointer.save(step, self._state_dict())
 
     def _stop(self, steps: int, interruption: Interruption) -> int:
         """End a run after some steps because a rank was told to."""
+        saved = "nothing was saved: checkpoint.every is not set"
+        if self.checkpointer is not None and self.cfg.checkpoint.every is not None:
+            self.checkpointer.finish()
+            saved = "the same command goes on from its checkpoint"
         if self.world.is_main:
-            tqdm.write(f"stopped by a signal after step {steps} of {self.plan.num_steps}")
+            tqdm.write(f"stopped by a signal after step {steps} of {self.plan.num_steps}; {saved}")
         return interruption.exit_code
 
-    def _report(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    def _report(self) -> None:
         report.draw(self.run_dir / "log.jsonl", self.run_dir / "report.png")
         if self.held_out:
-            print(report.before_after_table(before, after, len(self.held_out)))
+            print(report.before_after_table(self.before, self.after, len(self.held_out)))
         summary = report.alpha_summary(
             self.alpha.log(), self.cfg.train.units_per_step, describe(self.stats)
         )

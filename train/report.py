@@ -26,20 +26,25 @@ class RunLog:
     """`log.jsonl` (a line per step and per evaluation) and TensorBoard events, as they come.
 
     A line has `event` ("train" or "eval"), `step` (optimizer steps done), `time` (seconds since the
-    run began) and metrics. A new run in the same folder replaces the old log. Where it is not
-    `active`, nothing is written: one rank of several keeps the log.
+    process began) and metrics. A new run in the same folder replaces the old log; one that goes on
+    after `step` steps keeps what was written up to there. Where it is not `active`, nothing is
+    written: one rank of several keeps the log.
     """
 
-    def __init__(self, run_dir: Path, active: bool = True) -> None:
-        self.run_dir, self.active = run_dir, active
+    def __init__(self, run_dir: Path, active: bool = True, step: int = 0) -> None:
+        self.run_dir, self.active, self.step = run_dir, active, step
 
     def __enter__(self) -> RunLog:
         if not self.active:
             return self
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.file: IO[str] = open(self.run_dir / "log.jsonl", "w", encoding="utf-8")
-        # purge_step=0 hides the events of an earlier run in this folder.
-        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=0)
+        path = self.run_dir / "log.jsonl"
+        if self.step > 0 and path.exists():
+            _cut_log(path, self.step)
+        self.file: IO[str] = open(path, "a" if self.step > 0 else "w", encoding="utf-8")
+        # Hides the events of an earlier run in this folder, all or from there on.
+        purge_step = self.step + 1 if self.step > 0 else 0
+        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
         self.start = time.perf_counter()
         return self
 
@@ -57,6 +62,15 @@ class RunLog:
         self.file.flush()
         for name, value in metrics.items():
             self.board.add_scalar(f"{event}/{name}", value, step)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Keep the lines up to a step; what a kill left of a line goes."""
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if text.endswith("\n") and json.loads(text)["step"] <= step:
+            kept.append(text)
+    replace_file(path, lambda name: name.write_text("".join(kept), encoding="utf-8"))
 
 
 def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:

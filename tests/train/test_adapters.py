@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from tiny_runs import make_cfg, make_units, naive_score, tiny_model
+from tiny_runs import make_cfg, make_units, merged_weights, naive_score, tiny_model
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bvpo_kernels.packing import pack, segment_sum
 from bvpo_kernels.types import KINDS
 from train import adapters
-from train.adapters import adapters_off, add_adapters, is_adapter, merged_weights
+from train.adapters import adapters_off, add_adapters, is_adapter
 from train.config import AdapterConfig, AlphaConfig, EstimateConfig
 from train.head import FusedHeadLM, build_policy
 from train.loop import Trainer
@@ -263,10 +263,10 @@ def test_a_run_leaves_the_merged_model_and_the_adapter(tmp_path, head):
     base = tiny_model(Qwen3Config, tie_word_embeddings=False)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(FusedHeadLM(loaded)(batch), expected_T, rtol=1e-5, atol=1e-5)
-    weights = dict(merged_weights(policy.model))
+    weights = merged_weights(policy.model)
     assert weights.keys() == merged.state_dict().keys()
     plain = tiny_model()
-    assert dict(merged_weights(plain)).keys() == plain.state_dict().keys()
+    assert merged_weights(plain).keys() == plain.state_dict().keys()
 
 
 def test_missing_peft_is_named(monkeypatch):

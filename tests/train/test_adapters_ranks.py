@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import RANKS, spawn
-from tiny_runs import make_cfg, make_units, tiny_model
+from tiny_runs import make_cfg, make_units, merged_weights, tiny_model
 from transformers import AutoModelForCausalLM
 
 from train import loading, models, parallel
-from train.adapters import is_adapter, merged_weights
+from train.adapters import is_adapter
 from train.config import AdapterConfig, AlphaConfig, EstimateConfig
 from train.head import build_policy
 from train.loop import Trainer
@@ -42,7 +42,7 @@ def run(reference: str, head_too: bool, folder: Path, world: parallel.World) -> 
         name: parallel.whole(p).detach()
         for name, p in policy.named_parameters() if is_adapter(name)
     }  # fmt: skip
-    merged = dict(merged_weights(policy.model))
+    merged = merged_weights(policy.model)
     return {"lines": lines, "adapters": trained, "merged": merged}
 
 

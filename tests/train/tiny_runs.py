@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bvpo_kernels.types import KINDS, TokenPair, Unit
+from train.adapters import base_model, base_name, is_adapter, merged
 from train.config import ModelConfig, RunConfig, TrainConfig
 from train.head import FusedHeadLM
 from train.loop import Trainer
@@ -64,6 +65,16 @@ def make_trainer(cfg: RunConfig, units, held_out=(), model=None) -> Trainer:
         tail_tolerance=cfg.train.tail_tolerance,
     )
     return Trainer(cfg, policy, None, units, list(held_out))
+
+
+def merged_weights(model) -> dict[str, Tensor]:
+    """What `export` saves of a model with adapters, by name; every rank calls."""
+    base = base_model(model)
+    return {
+        base_name(name): merged(base, name, tensor)
+        for name, tensor in base.state_dict().items()
+        if not is_adapter(name)
+    }
 
 
 def read_lines(run_dir: Path) -> list[dict]:

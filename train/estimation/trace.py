@@ -255,7 +255,9 @@ def trace(policy: FusedHeadLM, cfg: RunConfig, sharded: bool) -> Activations:
     reduce_dtype = getattr(torch, cfg.parallel.reduce_dtype)
     _drop_gradients(policy, sharded, reduce_dtype.itemsize, watch)
     ids_T = torch.zeros(tokens, dtype=torch.long)
-    batch: Any = SimpleNamespace(tokens_T=ids_T, target_T=ids_T, position_ids_T=ids_T)
+    batch: Any = SimpleNamespace(
+        tokens_T=ids_T, target_T=ids_T, position_ids_T=ids_T, num_scored=tokens
+    )
     try:
         with watch:
             total = policy(batch).sum()
