@@ -6,6 +6,7 @@ import threading
 from signal import SIGTERM
 
 import pytest
+import torch
 from ranks import spawn
 from tiny_runs import make_cfg, make_trainer, make_units, read_lines, tiny_model
 
@@ -81,6 +82,25 @@ def test_a_run_stops_after_its_step(tmp_path, monkeypatch, capsys):
     assert steps_of(tmp_path) == [1, 2]
     assert "stopped by a signal after step 2 of 5" in capsys.readouterr().out
     assert not (tmp_path / "model").exists()
+
+
+def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(UNDER_TORCHRUN, raising=False)
+
+    def trainer(name):
+        cfg = make_cfg(tmp_path / name, max_steps=4)
+        cfg.checkpoint.every = 10  # only the signal asks for one before the end
+        return make_trainer(cfg, make_units(4))
+
+    whole = trainer("whole")
+    assert whole.run() == 0
+    assert signal_in(trainer("stopped"), 1, SIGTERM).run() == 143
+    assert "goes on from its checkpoint" in capsys.readouterr().out
+    again = trainer("stopped")
+    assert again.run() == 0
+    assert steps_of(tmp_path / "stopped") == [1, 2, 3, 4]
+    for name, value in whole.policy.named_parameters():
+        assert torch.equal(again.policy.get_parameter(name), value), name
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
