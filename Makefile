@@ -75,6 +75,7 @@ aot: $(STAMP)  ## compile every GPU kernel for sm_80, sm_90 and sm_100, without 
 bench: $(STAMP)  ## regenerate the benchmark tables
 	$(PY) -m benchmarks.run logprobs
 	$(PY) -m benchmarks.run peers --longest 60
+	$(PY) -m benchmarks.run stats
 	$(PY) -m benchmarks.run train
 	$(PY) -m benchmarks.run readme
 
