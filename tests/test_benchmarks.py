@@ -103,7 +103,7 @@ def test_logprobs_covers_what_it_promises():
     assert {case.mode for case in cases} == {"scores", "frozen", "trained"}
     assert {case.dtype for case in cases} == {"bfloat16", "float32"}
     assert {case.shape["T"] for case in cases} >= {4096, 32_768}
-    assert {case.shape["V"] for case in cases} == {49_152, 151_936}
+    assert {case.shape["V"] for case in cases} >= {49_152, 151_936}
     assert logprobs.GROUP.baseline.name == "naive"
     assert any(case.shape.get("ignored") == 50 for case in logprobs.GROUP.quick)
     assert {"naive", "trl-style", "eager", "cpp"} <= {row.name for row in logprobs.GROUP.rows}
