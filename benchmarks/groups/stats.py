@@ -173,19 +173,28 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     ratios["R"] = [shape["R"] for shape in shapes]
     ratios["small"] = [shape["L"] == 1 for shape in shapes]
     ratios["percent"] = 100 * (ratios["value"].astype(float) - 1)
-    with plot.drawing(path, (10, 4)) as figure:
-        bars, lines = figure.subplots(1, 2)
-        _draw_bars(ratios[~ratios["small"]], bars)
-        for row, of_row in ratios[ratios["small"]].groupby("row", sort=False):
-            points = of_row.sort_values("R")
-            lines.plot(points["R"], points["percent"] / 100 + 1, marker="o", label=row)
-        lines.set_xscale("log", base=2)
-        lines.set_yscale("log")
-        lines.set_xlabel("tokens of a trace (one layer, D = 192)")
-        lines.set_ylabel("time / step without statistics")
-        lines.legend(fontsize=7)
+    large, small = ratios[~ratios["small"]], ratios[ratios["small"]]
+    both = ((large, _draw_bars), (small, _draw_growth))
+    panels = [(part, fill) for part, fill in both if len(part)]
+    with plot.drawing(path, (5 * len(panels), 4)) as figure:
+        for axes, (part, fill) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            fill(part, axes)
         first = frame.iloc[0]
         figure.suptitle(f"stats: {first['cpu']}, {first['threads']} threads", fontsize=9)
+
+
+def _draw_growth(ratios: pd.DataFrame, axes: Any) -> None:
+    """A line per row over the length of the trace."""
+    for row, of_row in ratios.groupby("row", sort=False):
+        points = of_row.sort_values("R")
+        axes.plot(points["R"], points["percent"] / 100 + 1, marker="o", label=row)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens of a trace (one layer, D = 192)")
+    axes.set_ylabel("time / step without statistics")
+    axes.legend(fontsize=7)
 
 
 def _draw_bars(ratios: pd.DataFrame, axes: Any) -> None:
