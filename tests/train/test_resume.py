@@ -185,7 +185,8 @@ def kill_and_resume(folder: Path, ranks: int, kills: int, check) -> None:
         target = rng.choice(TARGETS) if died < kills else None
         work = partial(_attempt, run_dir, ranks, target, rng.randint(1, 6), rng.randrange(ranks))
         codes = run_processes(work, ranks)
-        assert set(codes) <= {0, KILLED}
+        # A rank that lost the one that was killed may fail of that before it is killed itself.
+        assert set(codes) == {0} or KILLED in codes
         died += KILLED in codes
         if set(codes) == {0}:
             check(run_dir)
