@@ -82,8 +82,7 @@ class Backward {
     }
     if (hidden) {
       const int64_t block = head_.block_tokens();
-      const int64_t per_token = bytes(block, true, false) / block;
-      const int64_t chunk = std::max(block, workspace_ / per_token / block * block);
+      const int64_t chunk = head_.pass_tokens(bytes(block, true, false) / block, workspace_);
       for (int64_t t = 0; t < all; t += chunk) sweep(t, std::min(chunk, all - t), true, false);
     }
     if (!weight) return;

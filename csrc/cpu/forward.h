@@ -62,7 +62,7 @@ void forward_scores(const Head<T, In>& head, int64_t workspace, const ForwardOut
   const int64_t spans = (head.vocab + span - 1) / span, block = head.block_tokens();
   const bool entropy = out.entropy != nullptr;
   const int64_t per_token = head.padded_dim() * sizeof(T) + spans * (entropy ? 12 : 8);
-  const int64_t chunk = std::max(block, workspace / per_token / block * block);
+  const int64_t chunk = head.pass_tokens(per_token, workspace);
   auto z = per_thread<float>(kTileRows * block);
   auto copies = per_thread<T>(head.weight_in_place() ? 0 : kTileRows * head.padded_dim());
   Buffer<float> target_z(head.num_tokens);
@@ -128,7 +128,7 @@ void forward_frozen(const Head<T, In>& head, int64_t workspace, const ForwardOut
   const int64_t block = head.block_tokens(), dim = head.padded_dim();
   const bool entropy = out.entropy != nullptr, capped = head.transform.softcap != 0.0f;
   const int64_t per_token = dim * (sizeof(T) + sizeof(float));
-  const int64_t chunk = std::max(block, workspace / per_token / block * block);
+  const int64_t chunk = head.pass_tokens(per_token, workspace);
   auto z = per_thread<float>(rows_max * block * (capped ? 2 : 1));
   auto packed = per_thread<T>(rows_max * block);
   auto rescale = per_thread<float>(block);

@@ -21,6 +21,10 @@ namespace bvpo {
 // 2 MiB L2 the weight tile and one block of tokens (458 KiB each at D = 896, bf16).
 constexpr int64_t kTileRows = 256;
 
+// Tokens of one pass over the vocabulary, where the workspace admits them. Widening or transposing
+// an element of the weight for a pass is one copy beside 2 x 4096 FLOPs: more would only hold memory.
+constexpr int64_t kPassTokens = 4096;
+
 // Uninitialised memory, aligned for AMX loads. Large buffers are mapped, so that they leave the
 // process when they are freed: glibc keeps up to 64 MiB of freed heap, which a second sweep whose
 // buffers have other sizes would add to its own.
@@ -75,6 +79,16 @@ struct Head {
   // Tokens of a block, from the problem alone: results must not depend on the number of threads.
   int64_t block_tokens() const {
     return std::clamp<int64_t>(round_up((num_tokens + 7) / 8, 32), 32, 256);
+  }
+
+  // Tokens of a pass over the vocabulary that keeps so many bytes for each: within the workspace,
+  // no more than pay, but some blocks for every thread; about equal passes.
+  int64_t pass_tokens(int64_t bytes_per_token, int64_t workspace) const {
+    const int64_t block = block_tokens();
+    const int64_t enough = std::max(kPassTokens, 4 * block * at::get_num_threads());
+    const int64_t most = std::max(block, std::min(enough, workspace / bytes_per_token) / block * block);
+    const int64_t passes = (num_tokens + most - 1) / most;
+    return round_up((num_tokens + passes - 1) / passes, block);
   }
 
   // The weight's rows can serve as the left factor where they lie.

@@ -90,11 +90,9 @@ class TailForward {
   // Tokens own their lists; the vocabulary passes in order, so that what a list holds does not
   // depend on the number of threads.
   void run(int64_t workspace) {
-    const int64_t block = head_.block_tokens(), all = head_.num_tokens;
+    const int64_t all = head_.num_tokens;
     const int64_t per_token = head_.padded_dim() * sizeof(T) + TailState::bytes_per_token(rule_);
-    const int64_t most = std::max(block, workspace / per_token / block * block);
-    const int64_t chunks = (all + most - 1) / most;
-    const int64_t chunk = round_up((all + chunks - 1) / chunks, block);
+    const int64_t chunk = head_.pass_tokens(per_token, workspace);
     for (int64_t t = 0; t < all; t += chunk) run_chunk(t, std::min(chunk, all - t));
   }
 
