@@ -22,6 +22,7 @@ from train.estimation.trace import (
     trace,
 )
 from train.models import attention_of
+from train.online import needs_copy, scores_steps
 
 Run = TypeVar("Run", bound=RunConfig)
 GIB = 2**30
@@ -33,9 +34,11 @@ FUSED_BACKWARD, PLAIN_BACKWARD = 2.5, 2.0
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, where a step needs the most. host: on the host instead (cpu_offload)."""
+    """Bytes of one rank, where a step needs the most. reference: weights of `reference:
+    frozen_copy`. host: on the host instead (cpu_offload)."""
 
     parameters: int
+    reference: int
     gathered: int
     gradients: int
     optimizer: int
@@ -52,6 +55,7 @@ class Memory:
 
 DEVICE_ROWS = {
     "parameters": "parameters",
+    "reference": "frozen copy",
     "gathered": "gathered weights",
     "gradients": "gradients",
     "optimizer": "optimizer",
@@ -63,18 +67,20 @@ DEVICE_ROWS = {
 
 @dataclass(frozen=True)
 class Compute:
-    """FLOPs of one rank in one step. model: what the mathematics needs, for the MFU: nothing is
-    recomputed, no masked pair of tokens counts."""
+    """FLOPs of one rank in one step. reference: the forward of a reference that scores the step's
+    own packs. model: what the mathematics of training needs, for the MFU: nothing is recomputed, no
+    masked pair of tokens counts, and no reference."""
 
     decoder: float
     recomputation: float
     attention: float
     head: float
+    reference: float
     model: float
 
     @property
     def total(self) -> float:
-        return self.decoder + self.recomputation + self.attention + self.head
+        return self.decoder + self.recomputation + self.attention + self.head + self.reference
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,9 @@ def _memory(
     parameters = size.parameters * itemsize // shards
     gradients = size.trained * itemsize // shards
     optimizer = 2 * size.trained * itemsize // shards
+    # A second set of the same weights, sharded alike. Its gathered layers and activations are gone
+    # before the policy's forward, which needs as many, and a backward.
+    copied = parameters if needs_copy(cfg) else 0
     gathered = host = 0
     if sharded:
         # The head's group, the layer that runs and the one that is gathered ahead of it.
@@ -137,13 +146,14 @@ def _memory(
             elements = size.parameters
         gathered = elements * compute
     if cfg.parallel.cpu_offload:
-        host, parameters, gradients, optimizer = parameters + gradients + optimizer, 0, 0, 0
+        host = parameters + copied + gradients + optimizer
+        parameters = copied = gradients = optimizer = 0
     if sharded and micro_batches > 1 and not cfg.parallel.sync_every_micro_batch:
         gradients += size.trained * _itemsize(cfg.parallel.reduce_dtype)
     return Memory(
-        parameters=parameters, gathered=gathered, gradients=gradients, optimizer=optimizer,
-        kept=used.kept, working=used.peak - used.kept, statistics=statistics, host=host,
-        where=used.where,
+        parameters=parameters, reference=copied, gathered=gathered, gradients=gradients,
+        optimizer=optimizer, kept=used.kept, working=used.peak - used.kept, statistics=statistics,
+        host=host, where=used.where,
     )  # fmt: skip
 
 
@@ -169,6 +179,7 @@ def _compute(cfg: RunConfig, size: Sizes, segments: int, micro_batches: int) -> 
         recomputation=micro_batches * 2 * tokens * again,
         attention=micro_batches * forward * (1 + backward + recomputed),
         head=micro_batches * head * product,
+        reference=micro_batches * (linear + forward + product) if scores_steps(cfg) else 0.0,
         model=micro_batches * 3 * (linear + per_pair * needed + product),
     )
 
