@@ -25,7 +25,8 @@ Log = dict[str, list[dict[str, Any]]]
 def summary(name: str, log: Log) -> dict[str, Any]:
     """One run in one line."""
     train, held_out = pd.DataFrame(log["train"]), pd.DataFrame(log["eval"])
-    seconds = train.filter(like="seconds/").sum(axis=1)
+    # A checkpoint lies between two steps.
+    seconds = train.filter(regex="^seconds/(?!checkpoint)").sum(axis=1)
     line: dict[str, Any] = {"run": name, "steps": len(train), "loss": train["loss"].iloc[-1]}
     line |= {f"held-out {key}": held_out[key].iloc[-1] for key in HELD_OUT if key in held_out}
     if "tail/dense_share" in train:

@@ -57,6 +57,22 @@ def add_adapters(model: PreTrainedModel, cfg: AdapterConfig, seed: int) -> Any:
         ImportError: peft is not installed.
         ValueError: naming adapter.rank or adapter.targets.
     """
+    adapted = wrapped(model, cfg)
+    for module in adapted.modules():
+        # What peft made on the meta device, if the base weights are still there.
+        if _is_lora(module) and module.weight.is_meta:
+            parts: Any = (module.lora_A, module.lora_B)
+            for part in parts:
+                part.to_empty(device="cpu")
+    reset_adapters(adapted, seed)
+    return adapted
+
+
+def wrapped(model: PreTrainedModel, cfg: AdapterConfig) -> Any:
+    """`add_adapters` without values: the adapters' are undefined.
+
+    On the meta device, with it as torch's default too, nothing has memory.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -72,16 +88,13 @@ def add_adapters(model: PreTrainedModel, cfg: AdapterConfig, seed: int) -> Any:
     # not what a meta tensor could take.
     with torch.random.fork_rng(devices=[]):
         adapted = get_peft_model(model, config)
-    # On the host if the base weights are still on the meta device; fp32 if they are half precision.
+    # fp32 if the base weights are half precision.
     dtype = torch.promote_types(model.dtype, torch.float32)
     for module in adapted.modules():
         if _is_lora(module):
             parts: Any = (module.lora_A, module.lora_B)
             for part in parts:
-                if module.weight.is_meta:
-                    part.to_empty(device="cpu")
                 part.to(dtype)
-    reset_adapters(adapted, seed)
     return adapted
 
 

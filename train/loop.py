@@ -70,6 +70,9 @@ class Stopwatch:
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
+    def log(self) -> dict[str, float]:
+        return {f"seconds/{stage}": seconds for stage, seconds in self.seconds.items()}
+
 
 def lr_factor(step: int, num_steps: int, cfg: OptimConfig) -> float:
     """Linear warm-up from 1/w to 1 over the w first steps, then cosine to `min_lr_ratio`.
@@ -163,7 +166,7 @@ class Trainer:
         checkpoint but without a model and a report.
         """
         eval_every, num_steps = self.cfg.train.eval_every, self.plan.num_steps
-        main, start = self.world.is_main, self.resume()
+        main, start, saving = self.world.is_main, self.resume(), Stopwatch()
         with (
             report.RunLog(self.run_dir, active=main, step=start) as log,
             recording(self.cfg.profile, self.run_dir, self.world.rank) as profiled,
@@ -179,7 +182,7 @@ class Trainer:
                 with explained(self.cfg, self.world.size, self.world.rank):
                     line = self.train_step(step)
                 profiled.step()
-                log.write("train", step + 1, line)
+                log.write("train", step + 1, line | saving.log())
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
                 if step == 0 and self.cfg.loss.name == "dpo" and main:
                     tqdm.write(f"first loss {line['loss']:.4f} (log 2 = {math.log(2):.4f})")
@@ -187,7 +190,7 @@ class Trainer:
                 stop = self.world.any(interruption.requested) and not last
                 if last or (eval_every and (step + 1) % eval_every == 0):
                     self.after = self.evaluate(log, step + 1)
-                self._save(step + 1, now=last or stop)
+                saving = self._save(step + 1, now=last or stop)
                 if stop:
                     return self._stop(step + 1, interruption)
         if self.checkpointer is not None:
@@ -214,11 +217,14 @@ class Trainer:
     def _state_dict(self) -> dict[str, Any]:
         return {**self.state.state_dict(), "evaluation": [self.before, self.after]}
 
-    def _save(self, step: int, now: bool) -> None:
-        """A checkpoint after every n-th step; the log's lines are written by then."""
-        every = self.cfg.checkpoint.every
+    def _save(self, step: int, now: bool) -> Stopwatch:
+        """A checkpoint after every n-th step; the log's lines are written by then, so that the
+        time which it takes from training is for the line of the step after it."""
+        every, watch = self.cfg.checkpoint.every, Stopwatch()
         if self.checkpointer is not None and every is not None and (now or step % every == 0):
-            self.checkpointer.save(step, self._state_dict())
+            with watch("checkpoint"):
+                self.checkpointer.save(step, self._state_dict())
+        return watch
 
     def _stop(self, steps: int, interruption: Interruption) -> int:
         """End a run after some steps because a rank was told to."""
@@ -337,7 +343,7 @@ class Trainer:
             **utilization(self.flops(data.units), total, self.peak, self.world.size),
             "fill": data.fill,
             "micro_batches": len(data.micro_batches),
-            **{f"seconds/{stage}": seconds for stage, seconds in watch.seconds.items()},
+            **watch.log(),
         }
 
     def evaluate(self, log: report.RunLog, step: int) -> dict[str, float]:

@@ -51,9 +51,14 @@ class OnlineReference:
         return next(scores_S for known, scores_S in self._scores if known is micro)
 
 
+def scores_steps(cfg: RunConfig) -> bool:
+    """Whether a step scores its own packs under the reference."""
+    return cfg.reference != "cache" and LOSSES[cfg.loss.name].reference
+
+
 def needs_copy(cfg: RunConfig) -> bool:
     """Whether the run holds a second model."""
-    return cfg.reference == "frozen_copy" and LOSSES[cfg.loss.name].reference
+    return cfg.reference == "frozen_copy" and scores_steps(cfg)
 
 
 def online_reference(

@@ -1,5 +1,6 @@
 """Estimates beside what small runs really allocate and compute."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from bvpo_kernels.packing import pack
 from bvpo_kernels.types import EMPTY, TRACE, TokenPair, Unit
 from train import cli
 from train.config import AlphaConfig, EstimateConfig
+from train.data import MicroBatch
 from train.estimation.run import GIB, advise, estimate, run, table
 from train.estimation.trace import ARCHITECTURES
 from train.head import FusedHeadLM
 from train.loop import build_optimizer
+from train.online import online_reference
 from train.parallel import checkpoint_activations
 
 LARGE = Path("train/presets/large")
@@ -110,6 +113,42 @@ def test_parameters_gradients_and_optimizer_are_exact(tmp_path, dtype):
     assert memory.gradients == sum(p.grad.nbytes for p in parameters)
     assert memory.optimizer == sum(t.nbytes for t in states)
     assert memory.gathered == memory.statistics == memory.host == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_copy_takes_its_weights_and_a_forward(tmp_path, dtype):
+    cfg = plan(tmp_path, 256, attention="eager")
+    cfg.model.param_dtype = cfg.model.compute_dtype = dtype
+    policy = build(cfg, LlamaConfig).to(getattr(torch, dtype))
+    config = policy.model.config
+    without = estimate(cfg, 1, config=config)
+    cfg.reference = "frozen_copy"
+    frozen = online_reference(cfg, policy, build(cfg, LlamaConfig).to(getattr(torch, dtype)))
+    micro = MicroBatch((one_unit(256),), pack([one_unit(256)]))
+    with FlopCounterMode(display=False) as counter:
+        frozen.prepare([micro])
+    held = sum(p.nbytes for p in frozen.model.parameters())
+    result = estimate(cfg, 1, config=config)
+    assert result.memory == replace(without.memory, reference=held)
+    assert result.memory.total == without.memory.total + held
+    # The counter does not look into the head's operators: one product, no gradient.
+    head = 2 * 256 * VOCAB * config.hidden_size
+    assert result.compute.reference - head == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert result.compute == replace(without.compute, reference=result.compute.reference)
+    cfg.loss.name = "simpo"  # has no reference
+    assert estimate(cfg, 1, config=config) == without
+
+
+def test_a_frozen_copy_is_sharded_and_offloaded_like_the_policy(tmp_path):
+    cfg, config = plan(tmp_path), tiny_model(**WIDE).config
+    cfg.reference = "frozen_copy"
+    alone, eight = (estimate(cfg, gpus, config=config).memory for gpus in (1, 8))
+    assert alone.reference == alone.parameters
+    assert eight.reference == eight.parameters == alone.reference // 8
+    cfg.parallel.cpu_offload = True
+    offloaded = estimate(cfg, 8, config=config).memory
+    states = eight.parameters + eight.gradients + eight.optimizer
+    assert (offloaded.reference, offloaded.host) == (0, states + eight.reference)
 
 
 def test_ranks_divide_what_is_sharded(tmp_path):

@@ -245,3 +245,18 @@ def test_the_log_keeps_what_was_written_before(tmp_path):
     log.write_text(complete + json.dumps({**state, "step": STEPS + 1}) + '\n{"event": "tr')
     run(tmp_path)
     assert log.read_text() == complete
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_save_is_timed_in_the_line_of_the_next_step(tmp_path, monkeypatch, async_save):
+    """Written with its own step's line, that line would be missing after a kill during the save."""
+    case = Interrupted(every=3)
+    cfg = case.cfg(tmp_path)
+    cfg.checkpoint.async_save = async_save
+    monkeypatch.setattr(case, "cfg", lambda run_dir: cfg)
+    case.trainer(tmp_path, sharded=False).run()
+    lines = [line for line in read_lines(tmp_path) if line["event"] == "train"]
+    name = "seconds/checkpoint"
+    timed = {line["step"]: line[name] for line in lines if name in line}
+    assert timed.keys() == {4, 7}
+    assert all(0 < seconds < 60 for seconds in timed.values())

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from transformers import PretrainedConfig
 
+from train.adapters import check
 from train.attention import AUTO
 from train.config import RunConfig
 from train.estimation.config import EstimationConfig
@@ -22,6 +23,7 @@ from train.estimation.trace import (
     trace,
 )
 from train.models import attention_of
+from train.online import needs_copy, scores_steps
 
 Run = TypeVar("Run", bound=RunConfig)
 GIB = 2**30
@@ -33,9 +35,11 @@ FUSED_BACKWARD, PLAIN_BACKWARD = 2.5, 2.0
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, where a step needs the most. host: on the host instead (cpu_offload)."""
+    """Bytes of one rank, where a step needs the most. reference: weights of `reference:
+    frozen_copy`. host: on the host instead (cpu_offload)."""
 
     parameters: int
+    reference: int
     gathered: int
     gradients: int
     optimizer: int
@@ -52,6 +56,7 @@ class Memory:
 
 DEVICE_ROWS = {
     "parameters": "parameters",
+    "reference": "frozen copy",
     "gathered": "gathered weights",
     "gradients": "gradients",
     "optimizer": "optimizer",
@@ -63,18 +68,20 @@ DEVICE_ROWS = {
 
 @dataclass(frozen=True)
 class Compute:
-    """FLOPs of one rank in one step. model: what the mathematics needs, for the MFU: nothing is
-    recomputed, no masked pair of tokens counts."""
+    """FLOPs of one rank in one step. reference: the forward of a reference that scores the step's
+    own packs. model: what the mathematics of training needs, for the MFU: nothing is recomputed, no
+    masked pair of tokens counts, and no reference."""
 
     decoder: float
     recomputation: float
     attention: float
     head: float
+    reference: float
     model: float
 
     @property
     def total(self) -> float:
-        return self.decoder + self.recomputation + self.attention + self.head
+        return self.decoder + self.recomputation + self.attention + self.head + self.reference
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,8 @@ def _statistics(cfg: RunConfig, size: Sizes, groups: int, micro_batches: int, ma
     scratch += 4 * cfg.train.tokens_per_micro_batch * size.head[1]
     if options.mode == "exact" and options.cross == "exact":
         return scratch + 2 * 4 * size.trained  # one gradient per kind
-    vectors = size.trained - size.matrices - size.head[0] * size.head[1]
+    head = size.head[0] * size.head[1] if size.head_trained else 0
+    vectors = size.trained - size.trained_matrices - head
     sketch = options.sketch_size**2 * matrices + max(vectors, 0)
     return scratch + 4 * groups * sketch * micro_batches
 
@@ -126,9 +134,13 @@ def _memory(
     shards = _shards(cfg, gpus)
     itemsize, compute = _itemsize(cfg.model.param_dtype), _itemsize(cfg.model.compute_dtype)
     sharded = gpus > 1
-    parameters = size.parameters * itemsize // shards
-    gradients = size.trained * itemsize // shards
-    optimizer = 2 * size.trained * itemsize // shards
+    # Adapters of half-precision weights are fp32.
+    trained = size.trained * (itemsize if cfg.adapter is None else max(itemsize, 4))
+    parameters = ((size.parameters - size.trained) * itemsize + trained) // shards
+    gradients, optimizer = trained // shards, 2 * trained // shards
+    # A second set of the same weights, sharded alike. Its gathered layers and activations are gone
+    # before the policy's forward, which needs as many, and a backward.
+    copied = parameters if needs_copy(cfg) else 0
     gathered = host = 0
     if sharded:
         # The head's group, the layer that runs and the one that is gathered ahead of it.
@@ -137,13 +149,14 @@ def _memory(
             elements = size.parameters
         gathered = elements * compute
     if cfg.parallel.cpu_offload:
-        host, parameters, gradients, optimizer = parameters + gradients + optimizer, 0, 0, 0
+        host = parameters + copied + gradients + optimizer
+        parameters = copied = gradients = optimizer = 0
     if sharded and micro_batches > 1 and not cfg.parallel.sync_every_micro_batch:
         gradients += size.trained * _itemsize(cfg.parallel.reduce_dtype)
     return Memory(
-        parameters=parameters, gathered=gathered, gradients=gradients, optimizer=optimizer,
-        kept=used.kept, working=used.peak - used.kept, statistics=statistics, host=host,
-        where=used.where,
+        parameters=parameters, reference=copied, gathered=gathered, gradients=gradients,
+        optimizer=optimizer, kept=used.kept, working=used.peak - used.kept, statistics=statistics,
+        host=host, where=used.where,
     )  # fmt: skip
 
 
@@ -159,17 +172,31 @@ def _compute(cfg: RunConfig, size: Sizes, segments: int, micro_batches: int) -> 
     backward = PLAIN_BACKWARD if cfg.model.attention == "eager" else FUSED_BACKWARD
     vocab, dim = size.head
     product = 2 * tokens * vocab * dim
+    adapter = 2 * tokens * size.head_rank * (vocab + dim)
     fits = _itemsize(cfg.model.compute_dtype) == 4 or (
         4 * tokens * dim <= cfg.train.workspace_mib * 2**20 // 2
     )
-    head = 2 if not size.head_trained else 4 if fits else 5
-    linear = 2 * size.matrices * tokens
+    head = (4 if fits else 5) * product if size.head_trained else 2 * product
+    if size.head_rank:  # `lora_logprobs` forms the logits twice; B's gradient is a fourth product
+        head = 3 * (product + adapter) + 2 * tokens * size.head_rank * vocab
+    linear, weights = 2 * size.matrices * tokens, 2 * size.trained_matrices * tokens
+    scored = linear + forward + product + adapter
+    if cfg.reference == "adapter_off":
+        scored -= weights
     return Compute(
-        decoder=micro_batches * 3 * linear,
+        # The input gradient of a first layer on a frozen embedding, not needed, is counted.
+        decoder=micro_batches * (2 * linear + weights),
         recomputation=micro_batches * 2 * tokens * again,
         attention=micro_batches * forward * (1 + backward + recomputed),
-        head=micro_batches * head * product,
-        model=micro_batches * 3 * (linear + per_pair * needed + product),
+        head=micro_batches * head,
+        reference=micro_batches * scored if scores_steps(cfg) else 0.0,
+        model=micro_batches
+        * (
+            2 * linear
+            + weights
+            + 3 * (per_pair * needed + adapter)
+            + (3 if size.head_trained else 2) * product
+        ),
     )
 
 
@@ -191,6 +218,7 @@ def estimate(
     Raises:
         FileNotFoundError, ValueError: naming the argument that cannot be served.
     """
+    check(cfg)
     cfg = with_attention(cfg)
     _shards(cfg, gpus)
     if segments < 1:

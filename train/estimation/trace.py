@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import AttentionInterface
 
+from train.adapters import is_adapter, wrapped
 from train.config import ModelConfig, RunConfig
 from train.head import FusedHeadLM
 from train.models import readable_errors, resolve
@@ -59,22 +60,25 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
 class Sizes:
     """Numbers of elements of a model.
 
-    parameters, trained: all, and those that get a gradient. matrices: weights of the decoder that
-    every token is multiplied with. closing: of a layer's last matrix, which a recomputation does
-    not reach: it stops at the last tensor that the backward needs. layer: of the largest decoder
-    layer. last: of the group that holds the LM head, with the embedding where it is tied. head:
-    [V, D]. attention: heads times head size, over all layers. layers, recomputed: decoder layers,
-    and those under checkpointing.
+    parameters, trained: all, and those that get a gradient; adapters are among both. matrices,
+    trained_matrices: weights of the decoder layers that every token is multiplied with. closing: of
+    a layer's last matrix, which a recomputation does not reach: it stops at the last tensor that
+    the backward needs. layer: of the largest decoder layer. last: of the group that holds the LM
+    head, with the embedding where it is tied. head: [V, D]. head_rank: of the LoRA on it, 0 for
+    none. attention: heads times head size, over all layers. layers, recomputed: decoder layers, and
+    those under checkpointing.
     """
 
     parameters: int
     trained: int
     matrices: int
+    trained_matrices: int
     closing: int
     layer: int
     last: int
     head: tuple[int, int]
     head_trained: bool
+    head_rank: int
     attention: int
     layers: int
     recomputed: int
@@ -166,11 +170,20 @@ def fake_policy(config: PretrainedConfig, cfg: RunConfig, sharded: bool) -> Iter
     compute = getattr(torch, cfg.model.compute_dtype)
     dtype = compute if sharded else getattr(torch, cfg.model.param_dtype)
     attention = cfg.model.attention if cfg.model.attention in QUADRATIC else _FLASH
-    with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(
+    # Adapters go on while the tensors are meta ones: peft converts parameters, which fakes refuse.
+    mode = FakeTensorMode()
+    with mode if cfg.adapter is None else torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention,
             trust_remote_code=cfg.model.trust_remote_code,
         )  # fmt: skip
+        if cfg.adapter is not None:
+            model = wrapped(model, cfg.adapter)
+            if sharded:
+                model.to(compute)
+    with mode:
+        if cfg.adapter is not None:
+            _fake_in_place(model)
         policy = FusedHeadLM(
             model, compute_dtype=compute, backend="eager",
             workspace_bytes=cfg.train.workspace_mib * 2**20,
@@ -179,6 +192,22 @@ def fake_policy(config: PretrainedConfig, cfg: RunConfig, sharded: bool) -> Iter
         policy.train()
         checkpoint_activations(model, cfg.train.checkpoint_layers)
         yield policy
+
+
+def _fake_in_place(model: nn.Module) -> None:
+    """Fake tensors of the host instead of meta ones; what is tied stays tied."""
+    fakes: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, tensor.requires_grad)
+                    fakes[id(tensor)] = fake
+                tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
 
 
 def _numel(parameters: Iterator[nn.Parameter] | Sequence[nn.Parameter]) -> int:
@@ -194,17 +223,21 @@ def sizes(policy: FusedHeadLM, checkpoint_layers: int | None) -> Sizes:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     within = _numel([p for layer in layers for p in layer.parameters()])
+    matrices = [p for layer in layers for p in layer.parameters() if p.ndim > 1]
+    on_head = _numel([p for n, p in head.named_parameters("head") if is_adapter(n)])
     outside = _numel(model.parameters()) - within
     tied = embedding is head.weight
     return Sizes(
         parameters=_numel(model.parameters()),
         trained=_numel([p for p in model.parameters() if p.requires_grad]),
-        matrices=_numel([p for layer in layers for p in layer.parameters() if p.ndim > 1]),
+        matrices=_numel(matrices),
+        trained_matrices=_numel([p for p in matrices if p.requires_grad]),
         closing=[p.numel() for p in layers[0].parameters() if p.ndim > 1][-1],
         layer=max(_numel(layer.parameters()) for layer in layers),
         last=outside if tied else outside - embedding.numel(),
         head=tuple(head.weight.shape),  # type: ignore[arg-type]
         head_trained=head.weight.requires_grad,
+        head_rank=on_head // sum(head.weight.shape),
         attention=heads * head_dim * len(layers),
         layers=len(layers),
         recomputed=0 if checkpoint_layers is None else -(-len(layers) // checkpoint_layers),
