@@ -19,7 +19,7 @@ struct BackwardIn {
 
 // Gradients; null where not wanted.
 struct BackwardOut {
-  void* dhidden;  // [T, D], rows of ignored targets already zero
+  void* dhidden;  // `gradient_rows`: only rows of the tokens of the call have their final values
   int64_t dhidden_stride;
   void* dweight;  // [V, D], contiguous
   float* dbias;   // [V]
@@ -71,74 +71,81 @@ class Backward {
                      [&](int64_t a, int64_t b) { return target(a) < target(b); });
   }
 
-  // Both gradients in one sweep (8 TVD with the forward) where what must stay in memory fits the
-  // workspace; else dH by chunks of tokens and dW by chunks of the vocabulary (10 TVD).
+  // Both gradients in one sweep (8 TVD with the forward) where the sums of dH fit half of the
+  // workspace, or can grow in their output; else dH in a sweep of its own (10 TVD).
   void run() {
     const bool hidden = out_.dhidden, weight = out_.dweight || out_.dbias;
-    const int64_t all = head_.num_tokens;
-    if (hidden && weight && bytes(all, true, true) <= workspace_) {
-      sweep(0, all, true, true);
-      return;
-    }
-    if (hidden) {
-      const int64_t block = head_.block_tokens();
-      const int64_t chunk = head_.pass_tokens(bytes(block, true, false) / block, workspace_);
-      for (int64_t t = 0; t < all; t += chunk) sweep(t, std::min(chunk, all - t), true, false);
+    const int64_t all = head_.num_tokens, block = head_.block_tokens();
+    const int64_t sums = hidden && !kSumInPlace ? round_up(all, block) * dim() * 4 : 0;
+    const bool together = weight && sums <= workspace_ / 2;
+    if (hidden && !together) {
+      const int64_t per_token = dim() * static_cast<int64_t>(sizeof(T) + sizeof(float));
+      const int64_t chunk = head_.pass_tokens(per_token, workspace_);
+      for (int64_t t = 0; t < all; t += chunk) {
+        const int64_t count = std::min(chunk, all - t);
+        sweep(t, count, count, true, false);
+      }
     }
     if (!weight) return;
-    if (bytes(all, false, true) > workspace_) {
-      // Tokens will be packed again for every panel: wide panels pay for that.
-      const int64_t rows = workspace_ / 4 / (dim() * 4) / kTileRows * kTileRows;
+    const int64_t left = workspace_ - (together ? sums : 0);
+    int64_t chunk = all;
+    if (round_up(all, block) * bytes_per_token() > left) {
+      // Tokens will be packed again for every panel: wide panels pay for that. A panel takes up to
+      // half of the memory, for W^T and dW.
+      const int64_t rows = left / 4 / (dim() * 4) / kTileRows * kTileRows;
       panel_ = std::clamp(rows, kPanel, kWidePanel);
+      chunk = std::max(block, left / 2 / bytes_per_token() / block * block);
     }
-    sweep(0, all, false, true);
+    sweep(0, all, chunk, hidden && together, true);
   }
 
  private:
   static constexpr int64_t kPanel = 4 * kTileRows;  // vocabulary columns between two barriers
   static constexpr int64_t kWidePanel = 16 * kTileRows;
+  // fp32 sums of fp32 gradients need no memory of their own.
+  static constexpr bool kSumInPlace = std::is_same_v<In, float>;
   // One product of phase 2: 256 rows of dW x 512 columns over 512 tokens. Its fp32 block and the
-  // tokens' panel stay in a 2 MiB L2 (960 GFLOP/s on one AMX core; 620 with all 896 columns).
+  // tokens' panel stay in a 2 MiB L2 (960 GFLOP/s on one AMX core; 620 with all 896 columns). fp32
+  // takes half of each, for the 512 KiB of processors with AVX2 alone.
   static constexpr int64_t kOwnedRows = 256;
-  static constexpr int64_t kOwnedColumns = 512;
-  static constexpr int64_t kTokensPerProduct = 512;
+  static constexpr int64_t kOwnedColumns = kPairs<T> ? 512 : 256;
+  static constexpr int64_t kTokensPerProduct = kPairs<T> ? 512 : 256;
 
   int64_t target(int64_t token) const { return head_.target[head_.index[token]]; }
   int64_t dim() const { return head_.padded_dim(); }
   int64_t padded_panel(int64_t rows) const { return round_up(rows, kStepK<T>); }
 
-  // What `count` tokens keep in memory during a sweep.
-  int64_t bytes(int64_t count, bool hidden, bool weight) const {
-    const int64_t size = sizeof(T);
-    const int64_t per_token = dim() * size + (hidden ? dim() * 4 : 0) +
-                              (weight ? (dim() + panel_) * size : 0);
-    return round_up(count, head_.block_tokens()) * per_token;
+  // What a token keeps in memory during a sweep for dW: H^T, H and a panel of dZ.
+  int64_t bytes_per_token() const {
+    return (2 * dim() + panel_) * static_cast<int64_t>(sizeof(T));
   }
 
   // One panel of vocabulary columns after the other; within it, phase 1: token blocks are tasks
   // (dZ, and dH += dZ W), phase 2: rows of dW are tasks (dW += dZ^T H). Each output element has one
   // owner and one order of addition, whatever the number of threads.
-  void sweep(int64_t first, int64_t count, bool hidden, bool weight) {
-    const int64_t block = head_.block_tokens();
-    int64_t chunk = count;
-    if (weight && bytes(count, hidden, true) > workspace_) {
-      chunk = std::max(block, workspace_ / (bytes(block, false, true) / block) / block * block);
+  void sweep(int64_t first, int64_t count, int64_t chunk, bool hidden, bool weight) {
+    const int64_t block = head_.block_tokens(), padded = round_up(count, block);
+    Panel panel(*this, round_up(std::min(chunk, count), block), hidden, weight);
+    const bool in_place = kSumInPlace && weight;  // the only sweep over dH's memory
+    const Buffer<float> own(hidden && !in_place ? padded * dim() : 0);
+    float* sums = nullptr;
+    if (hidden) {
+      sums = in_place ? static_cast<float*>(out_.dhidden) : own.get();
+      at::parallel_for(0, padded, block, [&](int64_t begin, int64_t end) {
+        std::fill(sums + begin * dim(), sums + end * dim(), 0.0f);
+      });
     }
-    const int64_t padded_chunk = round_up(std::min(chunk, count), block);
-    Panel panel(*this, padded_chunk, hidden, weight);
-    Buffer<float> dhidden(hidden ? padded_chunk * dim() : 0);
-    if (hidden) std::fill_n(dhidden.get(), padded_chunk * dim(), 0.0f);
     Tokens tokens;
     for (int64_t v = 0; v < head_.vocab; v += panel_) {
       panel.start(*this, v, hidden);
       for (int64_t t = 0; t < count; t += chunk) {
         if (tokens.first != first + t) tokens = load(first + t, std::min(chunk, count - t), weight);
-        form(panel, tokens, hidden ? dhidden.get() : nullptr);
+        form(panel, tokens, hidden ? sums + t * dim() : nullptr);
         if (out_.dweight && weight) accumulate(panel, tokens, panel.dweight.get(), t == 0);
       }
       if (weight) finish(panel, first, count);
     }
-    if (hidden) write_hidden(tokens, dhidden.get(), dim());
+    if (hidden) write_hidden(first, count, sums, dim());
   }
 
   struct Tokens {
@@ -290,17 +297,25 @@ class Backward {
     });
   }
 
-  // `stride`: floats of a token in dhidden, whose blocks are [stride, block].
-  void write_hidden(const Tokens& tokens, const float* dhidden, int64_t stride) {
-    const int64_t block = tokens.packed.block;
-    at::parallel_for(0, tokens.packed.num_blocks(), 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> rows(block * head_.dim);
-      for (int64_t b = begin; b < end; ++b) {
-        transpose(dhidden + b * block * stride, head_.dim, block, block, rows.get(), head_.dim);
-        const int64_t count = std::min(block, tokens.packed.count - b * block);
-        for (int64_t t = 0; t < count; ++t) write_hidden_row(tokens.first + b * block + t, &rows[t * head_.dim]);
-      }
-    });
+  // `stride`: floats of a token in the sums, whose blocks are [stride, block]. Where the sums lie in
+  // the output, the last block goes first: a token's row is never before its place among the tokens.
+  void write_hidden(int64_t first, int64_t count, const float* sums, int64_t stride) {
+    constexpr int64_t part = 32;  // of a block's tokens; blocks are multiples of it
+    const int64_t block = head_.block_tokens();
+    Buffer<float> rows(block * head_.dim);
+    for (int64_t b = (count - 1) / block; b >= 0; --b) {
+      const float* of_block = sums + b * block * stride;
+      const int64_t tokens = std::min(block, count - b * block);
+      at::parallel_for(0, block / part, 1, [&](int64_t begin, int64_t end) {
+        transpose(of_block + begin * part, head_.dim, (end - begin) * part, block,
+                  rows.get() + begin * part * head_.dim, head_.dim);
+      });
+      at::parallel_for(0, tokens, part, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          write_hidden_row(first + b * block + t, &rows[t * head_.dim]);
+        }
+      });
+    }
   }
 
   void write_hidden_row(int64_t token, const float* sum) {

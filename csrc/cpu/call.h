@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -98,14 +99,21 @@ void with_head(const Tensor& hidden, const Tensor& weight, const Tensor& target,
       }));
 }
 
-// A gradient by row of hidden: every scored row is written, the others are zero.
-inline Tensor gradient_rows(const Tensor& hidden, const Tensor& target, int64_t ignore_index) {
-  Tensor rows = at::empty(hidden.sizes(), hidden.options());
+// Memory for a gradient by row of hidden. fp32 sums grow in it, block by block of tokens, before its
+// rows are written: hence room for the rest of a last block, and ignored rows are zeroed at the end.
+inline Tensor gradient_rows(const Tensor& hidden) {
+  const int64_t tokens = hidden.size(0);
+  const int64_t spare = hidden.scalar_type() == at::kFloat ? kMostBlockTokens : 0;
+  return at::empty({tokens + spare, hidden.size(1)}, hidden.options()).narrow(0, 0, tokens);
+}
+
+inline void zero_ignored(const Tensor& rows, const Tensor& target, int64_t ignore_index) {
   const int64_t* y = target.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < hidden.size(0); ++t) {
-    if (y[t] == ignore_index) rows[t].zero_();
+  const int64_t bytes = rows.size(1) * rows.element_size();
+  char* row = static_cast<char*>(rows.mutable_data_ptr());
+  for (int64_t t = 0; t < rows.size(0); ++t, row += bytes) {
+    if (y[t] == ignore_index) std::memset(row, 0, bytes);
   }
-  return rows;
 }
 
 }  // namespace bvpo

@@ -21,6 +21,8 @@ namespace bvpo {
 // 2 MiB L2 the weight tile and one block of tokens (458 KiB each at D = 896, bf16).
 constexpr int64_t kTileRows = 256;
 
+constexpr int64_t kMostBlockTokens = 256;
+
 // Tokens of one pass over the vocabulary, where the workspace admits them. Widening or transposing
 // an element of the weight for a pass is one copy beside 2 x 4096 FLOPs: more would only hold memory.
 constexpr int64_t kPassTokens = 4096;
@@ -78,7 +80,7 @@ struct Head {
 
   // Tokens of a block, from the problem alone: results must not depend on the number of threads.
   int64_t block_tokens() const {
-    return std::clamp<int64_t>(round_up((num_tokens + 7) / 8, 32), 32, 256);
+    return std::clamp<int64_t>(round_up((num_tokens + 7) / 8, 32), 32, kMostBlockTokens);
   }
 
   // Tokens of a pass over the vocabulary that keeps so many bytes for each: within the workspace,

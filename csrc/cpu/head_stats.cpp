@@ -47,8 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics(
   const bool wants_bias = need_bias && bias;
   const Tensor upstream = dlogprobs.to(at::kFloat).contiguous();
   const auto none = [&] { return at::empty(0, fp32); };  // outputs must not be one tensor
-  const Tensor dhidden = need_hidden ? gradient_rows(hidden, target, ignore_index)
-                                     : at::empty(0, hidden.options());
+  const Tensor dhidden = need_hidden ? gradient_rows(hidden) : at::empty(0, hidden.options());
   const Tensor dweight = need_weight ? at::empty(weight.sizes(), weight.options())
                                      : at::empty(0, weight.options());
   const Tensor gram = at::zeros({groups, groups}, fp32.dtype(at::kDouble));
@@ -76,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics(
     GroupedBackward(head, in, out, stats, workspace).run();
     ran = true;
   });
+  if (need_hidden) zero_ignored(dhidden, target, ignore_index);
   if (!ran) dweight.zero_();
   return {dhidden, dweight, dbias, gram + gram.triu(1).t(), kinds, rows, sketched};
 }

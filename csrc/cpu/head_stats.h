@@ -130,7 +130,7 @@ class GroupedBackward {
       if (weight) reduce(panel, tiles.get(), tile);
     }
     for (size_t i = 0; i < parts_.size(); ++i) {
-      if (hidden) parts_[i].write_hidden(tokens[i], sums[i].get(), panel.left_rows);
+      if (hidden) parts_[i].write_hidden(0, heads_[i].num_tokens, sums[i].get(), panel.left_rows);
       if (stats_.sketch) write_sketch(i, sums[i].get(), panel.left_rows);
     }
   }

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor logprobs = at::zeros(tokens, fp32), max = at::zeros(tokens, fp32);
   const Tensor logsum = at::zeros(tokens, fp32);
   const Tensor entropy = need_entropy ? at::zeros(tokens, fp32) : at::empty(0, hidden.options());
-  const Tensor unit = need_unit ? gradient_rows(hidden, target, ignore_index)
+  const Tensor unit = need_unit ? at::empty(hidden.sizes(), hidden.options())
                                 : at::empty(0, hidden.options());
   const ForwardOut out{logprobs.mutable_data_ptr<float>(),
                        max.mutable_data_ptr<float>(),
@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       forward_scores(head, workspace, out);
     }
   });
+  if (need_unit) zero_ignored(unit, target, ignore_index);
   return {logprobs, max, logsum, entropy, unit};
 }
 
@@ -51,8 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     int64_t workspace, bool need_hidden, bool need_weight, bool need_bias) {
   check(hidden, weight, target);
   const Tensor upstream = dlogprobs.to(at::kFloat).contiguous();
-  const Tensor dhidden = need_hidden ? gradient_rows(hidden, target, ignore_index)
-                                     : at::empty(0, hidden.options());
+  const Tensor dhidden = need_hidden ? gradient_rows(hidden) : at::empty(0, hidden.options());
   Tensor dweight = at::empty(0, weight.options());
   if (need_weight) dweight = at::empty(weight.sizes(), weight.options());
   const bool wants_bias = need_bias && bias;
@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   with_head(hidden, weight, target, rows, bias, options, [&](const auto& head) {
     Backward(head, in, out, workspace).run();
   });
+  if (need_hidden) zero_ignored(dhidden, target, ignore_index);
   if (rows.empty()) {
     dweight.zero_();
     dbias.zero_();

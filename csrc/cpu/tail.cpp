@@ -78,8 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     int64_t workspace, double tolerance, bool need_hidden, bool need_weight, bool need_bias) {
   check(hidden, weight, target);
   const Tensor upstream = dlogprobs.to(at::kFloat).contiguous();
-  const Tensor dhidden = need_hidden ? gradient_rows(hidden, target, ignore_index)
-                                     : at::empty(0, hidden.options());
+  const Tensor dhidden = need_hidden ? gradient_rows(hidden) : at::empty(0, hidden.options());
   Tensor dweight = at::empty(0, weight.options());
   if (need_weight) dweight = at::empty(weight.sizes(), weight.options());
   const bool wants_bias = need_bias && bias;
@@ -102,7 +101,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     many.index = many.hidden.index = choice.dense.data();
     many.num_tokens = static_cast<int64_t>(choice.dense.size());
     SparseRows sparse(few, in, lists);
-    if (need_hidden) sparse.hidden(out);
     if (columns_wanted) sparse.transpose();
     if (many.num_tokens > 0) {
       const RowAdder others = [&](int64_t v, float* row) { return sparse.add_column(v, row); };
@@ -110,7 +108,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     } else if (columns_wanted) {
       sparse.weight(out);
     }
+    if (need_hidden) sparse.hidden(out);  // after the dense tokens, whose sums lie in all rows
   });
+  if (need_hidden) zero_ignored(dhidden, target, ignore_index);
   if (rows.empty()) {
     dweight.zero_();
     dbias.zero_();
