@@ -60,13 +60,14 @@ def _cpu_fields() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Short hash of the checkout, with a plus when tracked files differ from it."""
+    """Short hash of the checkout, with a plus when tracked files beside results differ."""
+    changed = ["status", "--porcelain", "-uno", "--", ".", ":(exclude)benchmarks/results"]
     try:
         out = [
             subprocess.run(
                 ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
             ).stdout.strip()
-            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+            for command in (["rev-parse", "--short", "HEAD"], changed)
         ]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
