@@ -172,14 +172,20 @@ def _peak_bytes(was_reset: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _return_freed_memory() -> None:
+def trim() -> None:
+    """Give freed memory back to the system."""
     gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _return_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for parameter, value in _MALLOPT:
             libc.mallopt(parameter, value)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    trim()
 
 
 class ResidentPeak:

@@ -51,6 +51,11 @@ class _Worker:
             handle.remove()
         return {"loss": loss.double().reshape(1), **sample}
 
+    def rest(self) -> None:
+        """Keep no more than the model and the optimizer while other rows have their turns."""
+        self.step.optimizer.zero_grad(set_to_none=True)
+        measure.trim()
+
 
 def _serve(
     name: str, inputs: StepInputs, memory: bool, threads: int, environment: dict[str, str],
@@ -68,6 +73,7 @@ def _serve(
             # Plain arrays: tensors would be shared with a process that may end.
             answer = worker.answer(pipe.recv())
             pipe.send({name: tensor.numpy() for name, tensor in answer.items()})
+            worker.rest()
     except EOFError:
         pass
 
