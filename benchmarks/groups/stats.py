@@ -28,6 +28,7 @@ from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row, why_not
 from bvpo_kernels import TokenPair, Unit, bvpo_loss, pack, segment_sum
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.types import EMPTY, TRACE, PackedBatch
+from train.attention import AUTO, resolve_attention
 from train.head import FusedHeadLM
 
 ALPHA = 0.5
@@ -73,6 +74,8 @@ def make_inputs(case: Case) -> Inputs:
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(config)
     model.to(case.device, case.torch_dtype)
+    name = resolve_attention(AUTO, torch.device(case.device), case.torch_dtype)
+    model.set_attn_implementation(name)
     return Inputs(FusedHeadLM(model), _units(shape["B"], shape["R"], shape["V"]))
 
 

@@ -62,9 +62,9 @@ class StepInputs:
         return sum(unit.num_tokens for unit in self.units)
 
     def load(self) -> Any:
-        """The model of the case, fp32, in eval mode."""
+        """The model of the case, fp32, in eval mode, with an attention that takes padding."""
         if self.case.mode != "tiny":
-            return load_model(self.cfg.model)[0]
+            return load_model(self.cfg.model, packed=False)[0]
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**TINY)).eval()
 

@@ -14,6 +14,7 @@ from benchmarks.steps.inputs import StepInputs
 from train import parallel, reference
 from train.head import FusedHeadLM
 from train.loop import Trainer
+from train.models import attention_of
 
 
 class LoopStep:
@@ -25,6 +26,7 @@ class LoopStep:
         cfg.run_dir = self._folder.name
         cfg.train.checkpoint_layers = 1 if checkpointing else None
         self.model = model
+        model.set_attn_implementation(attention_of(cfg.model, packed=True))
         compute = inputs.case.torch_dtype
         world = parallel.ALONE
         if dist.is_initialized():

@@ -1,7 +1,8 @@
 """Which attention is chosen, and torch's varlen kernel as transformers' models call it.
 
 The kernel runs on CUDA only: here a loop over segments through sdpa stands in for it, so that what
-is checked is what it is given. The tests marked gpu run the kernels themselves.
+is checked is what it is given. The tests marked gpu run the kernels themselves. The loop over
+segments that a CPU takes is compared as it is.
 """
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
 from bvpo_kernels.packing import pack
 from train import attention
-from train.attention import FLASH, SDPA, VARLEN, resolve_attention, segment_options
+from train.attention import FLASH, SDPA, SEGMENTS, VARLEN, resolve_attention, segment_options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -67,9 +68,11 @@ def have(monkeypatch, flash=False, capability=(9, 0)):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
 
-def test_auto_is_sdpa_on_a_cpu(monkeypatch):
+def test_auto_on_a_cpu(monkeypatch):
     have(monkeypatch, flash=True)
-    assert resolve_attention("auto", CPU, torch.bfloat16) == SDPA
+    for name in ("auto", SEGMENTS):
+        assert resolve_attention(name, CPU, torch.bfloat16) == SEGMENTS
+        assert resolve_attention(name, CPU, torch.float32, packed=False) == SDPA
 
 
 @pytest.mark.parametrize(
@@ -127,20 +130,39 @@ def hidden_states(model, batch):
 @pytest.mark.parametrize("gqa", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_rows_equal_sdpa(monkeypatch, name, gqa):
-    """Hidden states and gradients of a packed row, against transformers' own sdpa and mask."""
     kernel = Kernel(monkeypatch, gqa)
-    config_class, options = MODELS[name]
     batch = pack(make_units(3))
+    compare_with_sdpa(VARLEN, name, batch)
+    assert len(kernel.calls) == 2
+    assert kernel.calls[0][3] == batch.max_seqlen < batch.num_tokens
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_segments_one_by_one_equal_sdpa(monkeypatch, name):
+    """And no call goes through more than a segment."""
+    sizes = []
+    batch = pack(make_units(3))
+
+    def counting(query, *args, **options):
+        sizes.append(query.shape[2])
+        return torch.nn.functional.scaled_dot_product_attention(query, *args, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counting)
+    compare_with_sdpa(SEGMENTS, name, batch)
+    assert sizes == 2 * batch.cu_seqlens.diff().tolist()
+
+
+def compare_with_sdpa(found_name, name, batch):
+    """Hidden states and gradients of a packed row, against transformers' own sdpa and mask."""
+    config_class, options = MODELS[name]
     results = []
-    for implementation in (SDPA, VARLEN):
+    for implementation in (SDPA, found_name):
         model = tiny_model(config_class, attention=implementation, **options)
         hidden_TD = hidden_states(model, batch)
         weights_TD = torch.linspace(-1, 1, hidden_TD.numel()).view_as(hidden_TD)
         (hidden_TD * weights_TD).sum().backward()
         results.append((hidden_TD.detach(), model))
     (expected_TD, expected), (found_TD, found) = results
-    assert len(kernel.calls) == 2
-    assert kernel.calls[0][3] == batch.max_seqlen < batch.num_tokens
     torch.testing.assert_close(found_TD, expected_TD, rtol=1e-5, atol=1e-5)
     for (key, a), b in zip(expected.named_parameters(), found.parameters(), strict=True):
         if a.grad is not None:
@@ -148,12 +170,13 @@ def test_packed_rows_equal_sdpa(monkeypatch, name, gqa):
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5 * scale, msg=key)
 
 
-def test_rows_without_segments_are_segments(monkeypatch):
+@pytest.mark.parametrize("implementation", [VARLEN, SEGMENTS])
+def test_rows_without_segments_are_segments(monkeypatch, implementation):
     """A batch of two rows, as a model is called without `segment_options`."""
     Kernel(monkeypatch, gqa=True)
     ids_BL = torch.arange(3, 25).reshape(2, 11)
     expected = tiny_model()(input_ids=ids_BL, use_cache=False).logits
-    found = tiny_model(attention=VARLEN)(input_ids=ids_BL, use_cache=False).logits
+    found = tiny_model(attention=implementation)(input_ids=ids_BL, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -166,9 +189,13 @@ def test_autocast_decides_the_dtype(monkeypatch):
     assert {call[0] for call in kernel.calls} == {torch.bfloat16}
 
 
-def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
+@pytest.mark.parametrize("implementation", [VARLEN, SEGMENTS])
+def test_what_is_not_served_is_refused(monkeypatch, implementation):
     Kernel(monkeypatch, gqa=True)
-    model = tiny_model(attention=VARLEN)
+    model = tiny_model(attention=implementation)
+    function = {
+        VARLEN: attention.varlen_attention, SEGMENTS: attention.segments_attention
+    }[implementation]  # fmt: skip
     layer = model.model.layers[0].self_attn
     q, kv = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     for options, what in [
@@ -178,14 +205,14 @@ def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
         ({"is_causal": False}, "attention that is not causal"),
     ]:
         with pytest.raises(ValueError, match=f"{what.split()[-1]} of LlamaAttention"):
-            attention.varlen_attention(layer, q, kv, kv, None, **options)
+            function(layer, q, kv, kv, None, **options)
     with pytest.raises(ValueError, match="a cache of LlamaAttention"):
-        attention.varlen_attention(layer, q[:, :, -1:], kv, kv, None)
+        function(layer, q[:, :, -1:], kv, kv, None)
     ids_BL = torch.arange(3, 25).reshape(2, 11)
     model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), use_cache=False)
     padded = torch.ones_like(ids_BL)
     padded[0, :3] = 0
-    with pytest.raises(ValueError, match=r"attention_mask: 'torch_varlen' expects rows without"):
+    with pytest.raises(ValueError, match=rf"attention_mask: '{implementation}' expects rows with"):
         model(input_ids=ids_BL, attention_mask=padded, use_cache=False)
 
 
