@@ -195,6 +195,8 @@ def _draw_growth(ratios: pd.DataFrame, axes: Any) -> None:
         axes.plot(points["R"], points["percent"] / 100 + 1, marker="o", label=row)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(lambda ratio, _: f"{ratio:.3g}")
     axes.set_xlabel("tokens of a trace (one layer, D = 192)")
     axes.set_ylabel("time / step without statistics")
     axes.legend(fontsize=7)

@@ -86,7 +86,8 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         ticks = [place + 0.4 - thickness / 2 for place in range(len(cases))]
         panels[0].set_yticks(ticks, cases, fontsize=7)
         panels[0].invert_yaxis()
-        panels[1].legend(fontsize=7)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=len(rows))
         first = frame.iloc[0]
         figure.suptitle(f"train: {first['cpu']}, {first['threads']} threads", fontsize=9)
 
