@@ -132,18 +132,25 @@ def _ghost_bytes(case: Case) -> int:
 
 
 def loop_gram(policy: FusedHeadLM, units: list[Unit], device: str) -> Tensor:
-    """<g_k,i, g_l,i>, [B, K, K], in the dtype of the parameters."""
+    """<g_k,i, g_l,i>, [B, K, K], fp64 sums of products of the parameters' dtype.
+
+    A fp32 product of whole gradients loses 3 % over 135 million terms, and as a baseline would
+    excuse as much.
+    """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     grams = []
     for unit in units:
-        flat = []
+        by_kind = []
         for kind in (TRACE, EMPTY):
             policy.zero_grad()
             batch = pack([Unit(unit.unit_id, {kind: unit.pairs[kind]})], device=device)
             _backward(policy, batch, {TRACE: 1.0, EMPTY: 1.0})
-            flat.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
-        flat_KP = torch.stack(flat)
-        grams.append(flat_KP @ flat_KP.T)
+            by_kind.append([p.grad.flatten() for p in parameters if p.grad is not None])
+        gram_KK = torch.zeros(len(by_kind), len(by_kind), dtype=torch.float64, device=device)
+        for grads in zip(*by_kind, strict=True):
+            grads_KP = torch.stack(grads).double()
+            gram_KK += grads_KP @ grads_KP.T
+        grams.append(gram_KK)
     policy.zero_grad()
     return torch.stack(grams)
 
