@@ -26,6 +26,7 @@ MEASURED = ("group", "case", "shape", "dtype", "mode", "device", "row", "metric"
 WHERE = ("threads", "cpu", "cores", "isa", "ram_gib", "gpu", "torch", "python", "bvpo_kernels",
          "commit", "date")  # fmt: skip
 COLUMNS = (*MEASURED, *WHERE)
+WORDS = ("note", "torch", "python", "bvpo_kernels", "commit", "date")
 # What makes times comparable: a file holds the same case once for each.
 MACHINE = ("threads", "cpu", "isa")
 OK = "ok"
@@ -146,7 +147,10 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise ValueError(
             f"{path.name}: expected a result of `python -m benchmarks.run`, found none"
         )
-    frame = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
+    # A commit may consist of digits: a number to whoever is not told.
+    frame = pd.read_csv(
+        path, keep_default_na=False, na_values={"value": [""]}, dtype=dict.fromkeys(WORDS, str)
+    )
     if list(frame.columns) != list(COLUMNS):
         raise ValueError(
             f"{path}: line 1: expected columns {list(COLUMNS)}, got {list(frame.columns)}"

@@ -355,6 +355,13 @@ def test_bad_names_and_files_are_named(tmp_path):
         records.read_csv(tmp_path / "other.csv")
 
 
+def test_a_commit_of_digits_is_read_as_words(tmp_path):
+    case = Case({"T": 1, "D": 1, "V": 2}, "float32", "scores", "cpu")
+    entry = records.record("g", case, "naive", "time", 1.0, "s") | records.environment(1)
+    records.write_csv(tmp_path / "g.csv", [entry | {"commit": "2212583"}])
+    assert records.read_csv(tmp_path / "g.csv")["commit"].tolist() == ["2212583"]
+
+
 def test_help_lists_the_groups(capsys):
     with pytest.raises(SystemExit):
         run.main(["--help"])
