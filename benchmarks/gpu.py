@@ -1,17 +1,19 @@
 """`python -m benchmarks.gpu --out DIR`: everything that needs a GPU, in one command.
 
 Builds csrc/cuda, runs the tests marked `gpu`, measures what this GPU can do at most (copy
-bandwidth, bf16 matmul), then pair_reduce and the LM head at T = 8192 and 32 768, V = 151 936,
+bandwidth, bf16 matmul), then pair_reduce, the certified sparse backward, a step of SmolLM2-135M
+(random weights) with gradient statistics, and the LM head at T = 8192 and 32 768, V = 151 936,
 D = 4096, 3584 and 1536 (scores only, frozen, trained), beside the peers that are installed. Takes
-at most `--minutes`: cases that are not begun by then are named, and left out. Writes
-gpu-logprobs.csv, gpu-pair-reduce.csv, ceilings.csv, rates.csv, on an H100 lines.csv, and a figure
-of each group into DIR. Rows that are not installed, or do not fit in memory, are named in the
-tables; a row whose results differ from fp64 by more than naive code's is not timed.
+at most `--minutes`: cases that are not begun by then are named, and left out. Writes a CSV and a
+figure of each group (gpu-pair-reduce, gpu-tail, gpu-stats, gpu-logprobs), ceilings.csv, rates.csv
+and on an H100 or H200 lines.csv into DIR. Rows that are not installed, or do not fit in memory, are
+named in the tables; a row whose results differ from fp64 by more than naive code's is not timed.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,7 +31,9 @@ MATMUL_SIZE = 8192
 CEILING_SECONDS = 0.5
 # A case that has begun is finished: what the longest may take.
 CASE_SECONDS = 45
-# What was promised for an H100, in bf16 at the first T and D: milliseconds, and bytes beside.
+# What was promised for an H100, in bf16 at the first T and D: milliseconds, and bytes beside. An
+# H200 has the same multiprocessors, which the milliseconds depend on, and faster memory.
+LINE_CHIPS = ("H100", "H200")
 LINES_MS = {"scores": 18, "frozen": 36, "trained": 70}
 LINE_EXTRA_MIB = 1024
 LINE_COPY_SHARE = 0.85
@@ -77,9 +81,9 @@ def rates(frame: pd.DataFrame, ceilings: dict[str, float]) -> pd.DataFrame:
     lines = []
     for (case, row), part in frame.groupby(["case", "row"], sort=False):
         metrics, first = records.values(part), part.iloc[0]
-        if "time" not in metrics:
-            continue
         shape, mode = records.shape_of(first["shape"]), first["mode"]
+        if "time" not in metrics or mode not in (*gpu_groups.NEEDED_FLOPS, "pair_reduce"):
+            continue
         if mode == "pair_reduce":
             work = gpu_groups.pair_reduce_bytes(Case(shape, first["dtype"]))
             ceiling, unit = ceilings["copy"], "GB/s"
@@ -133,6 +137,12 @@ def _run(*command: str, **environment: str) -> int:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=settings).returncode
 
 
+def gpu_tests() -> list[str]:
+    """The files with tests marked `gpu`: the others may want packages that are not needed here."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(path) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+
+
 def prepare(build: bool, tests: bool) -> None:
     """Build the extensions and run the GPU tests, in processes of their own.
 
@@ -142,12 +152,13 @@ def prepare(build: bool, tests: bool) -> None:
     # Only csrc/cuda: nothing here runs on the CPU kernels, and a build of theirs takes minutes.
     if build and _run("setup.py", "build_ext", "--inplace", BVPO_USE_CPP="0"):
         raise RuntimeError("the extensions could not be built; --build false goes on without")
-    if tests and _run("-m", "pytest", "-q", "-m", "gpu", "tests", "--ignore=tests/train"):
+    if tests and _run("-m", "pytest", "-q", "-n", "4", "-m", "gpu", *gpu_tests()):
         raise RuntimeError("tests marked gpu fail; --tests false measures all the same")
 
 
-def measure(out: Path, quick: bool, until: float) -> None:
-    """Time both groups, write CSV and PNG, and print rates and lines; no case begins at `until`."""
+def measure(out: Path, quick: bool, until: float, only: str = "") -> None:
+    """Time the groups whose name matches `only`, write CSV and PNG, and print rates and lines; no
+    case but a group's first begins at `until`."""
     # Imported here: the backends are looked for at import, after the build.
     from benchmarks import gpu_groups, records, run
 
@@ -159,13 +170,18 @@ def measure(out: Path, quick: bool, until: float) -> None:
           f"{ceilings['matmul'] / 1e12:.0f} TFLOP/s on {where['gpu']}")  # fmt: skip
     tokens = gpu_groups.TOKENS[:1] if quick else gpu_groups.TOKENS
     sizes = gpu_groups.HIDDEN_SIZES[:1] if quick else gpu_groups.HIDDEN_SIZES
-    groups = (gpu_groups.pair_reduce_group("cuda"), gpu_groups.head_group("cuda", tokens, sizes))
+    groups = (
+        gpu_groups.pair_reduce_group("cuda"), gpu_groups.tail_group("cuda"),
+        gpu_groups.stats_group("cuda"), gpu_groups.head_group("cuda", tokens, sizes),
+    )  # fmt: skip
     frames = []
     for group in groups:
-        frames.append(records.read_csv(run.run_group(group, out=out, until=until)))
-        gpu_groups.release_inputs()
+        if re.search(only, group.name):
+            frame = records.read_csv(run.run_group(group, out=out, until=until))
+            gpu_groups.release_inputs()
+            frames.append(frame)
     tables = {"rates": pd.concat([rates(frame, ceilings) for frame in frames])}
-    if "H100" in where["gpu"]:
+    if any(chip in where["gpu"] for chip in LINE_CHIPS):
         tables["lines"] = lines(tables["rates"])
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv", index=False)
@@ -178,6 +194,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="T = 8192, D = 4096 only")
+    parser.add_argument("--only", default="", help="regular expression on the groups' names")
     parser.add_argument("--minutes", type=float, default=8, help="the whole command's time")
     parser.add_argument("--build", type=bool, default=True, help="build the extensions first")
     parser.add_argument("--tests", type=bool, default=True, help="run the GPU tests first")
@@ -186,7 +203,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"benchmarks.gpu: {reason}", file=sys.stderr)
         return 2
     prepare(options.build, options.tests)
-    measure(options.out, options.quick, begin + 60 * options.minutes - CASE_SECONDS)
+    measure(options.out, options.quick, begin + 60 * options.minutes - CASE_SECONDS, options.only)
     return 0
 
 

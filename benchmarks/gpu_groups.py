@@ -1,4 +1,5 @@
-"""The groups that `benchmarks.gpu` measures: the LM head at GPU sizes, and `pair_reduce`.
+"""The groups that `benchmarks.gpu` measures: the LM head at GPU sizes, its certified sparse
+backward, `pair_reduce`, and a step with gradient statistics.
 
 Not in `benchmarks/groups/`: `benchmarks.run` offers what any machine can run.
 """
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.groups import logprobs
+from benchmarks.groups import logprobs, stats, tail
 from benchmarks.groups.logprobs import Inputs, differentiate
 from benchmarks.peers import head
 from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row
@@ -29,8 +30,14 @@ MODES = ("scores", "frozen", "trained")
 # runs 8 where 6 are needed; recomputation is not credited.
 NEEDED_FLOPS = {"scores": 2, "frozen": 4, "trained": 6}
 GATE_ROW_STRIDE = 997
+UNFUSED_LOGITS = 2**27
 COMPILING = ("torch.compile", "cut-cross-entropy", "QuACK")
 OURS = ("triton", "cuda")
+# Modes of the group "tail", and tolerances 2^-n.
+PROFILES = ("peaked", "reasoning", "flat")
+EXPONENTS = (5, 7, 9, 11)
+# Of SmolLM2-135M: tokens of a trace, and units of a micro-batch.
+STATS_SHAPE = {**stats.SMOLLM2, "R": 2048, "B": 4}
 
 
 @functools.lru_cache(maxsize=1)
@@ -67,15 +74,17 @@ def _row(name: str, forward: Callable[..., Tensor], missing: str = "") -> Row:
     return Row(name, lambda case, inputs: differentiate(forward, case, inputs), lambda _: missing)
 
 
-def _fused(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The fused forward over all tokens: what `fused_scores` of a configuration is decided by."""
-    from bvpo_kernels.eager.logprobs import Head, finish_rows
+def _unfused(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Scores by GEMMs and row kernels, tiles of 512 MiB: what `fused_scores` of a configuration is
+    decided by."""
+    from bvpo_kernels.eager.logprobs import Head, finish_rows, mm, ranges
     from bvpo_kernels.kernels import logprobs as rows
-    from bvpo_kernels.kernels import logprobs_gemm
 
     count = torch.full((1,), hidden.shape[0], dtype=torch.int32, device=hidden.device)
     state = rows.new_state(hidden.shape[0], hidden.device)
-    logprobs_gemm.fused_forward(hidden, weight, target, count, state, 0)
+    for tile in ranges(weight.shape[0], max(UNFUSED_LOGITS // hidden.shape[0], 1024)):
+        z = mm(hidden, weight[tile].T)
+        rows.forward_rows(z, target, count, state, 0, tile.start)
     return finish_rows(
         hidden.dtype, target, Head(weight, None, 1.0, None), state[rows.MAX], state[rows.SUM],
         state[rows.TARGET_Z], state[rows.TARGET_SLOPE], None, None,
@@ -87,9 +96,9 @@ def _head_rows() -> tuple[Row, ...]:
     ours = [
         _row(impl, functools.partial(linear_logprobs, impl=impl), MISSING[impl]) for impl in OURS
     ]
-    fused = replace(_row("triton, fused", _fused, MISSING["triton"]), modes=("scores",))
+    unfused = replace(_row("triton, unfused", _unfused, MISSING["triton"]), modes=("scores",))
     peers = [_only_at_headline(row) if row.name in COMPILING else row for row in head.PEERS]
-    return (shared["naive"], shared["eager"], *ours, fused, *peers)
+    return (shared["naive"], shared["eager"], *ours, unfused, *peers)
 
 
 def headline(
@@ -103,7 +112,7 @@ def head_group(device: str, tokens: tuple[int, ...], hidden_sizes: tuple[int, ..
     """Log-probabilities and their gradients at the sizes that are trained, the headline first."""
     cases = tuple(
         headline(mode, t, d, device)
-        for t in tokens for d in hidden_sizes for mode in MODES
+        for d in hidden_sizes for t in tokens for mode in MODES
     )  # fmt: skip
     return Group(
         name="gpu-logprobs", title="the LM head on a GPU", cases=cases, quick=cases[:3],
@@ -208,3 +217,22 @@ def pair_reduce_group(device: str, rows: int = VOCAB, dim: int = 4096) -> Group:
         rows=(baseline, *ours), make_inputs=_gradient_inputs, gate=_gradient_gate,
         tiny=lambda case: replace(case, shape={"V": 64, "D": 64}),
     )  # fmt: skip
+
+
+def tail_group(
+    device: str, tokens: int = TOKENS[0], dim: int = HIDDEN_SIZES[0], vocab: int = VOCAB
+) -> Group:
+    """The sparse backward by tolerance, for kinds of tokens."""
+    cases = tuple(
+        Case({"T": tokens, "D": dim, "V": vocab}, "bfloat16", mode, device, rounds=5)
+        for mode in PROFILES
+    )
+    names = ("naive", "exact", *(f"2^-{exponent}" for exponent in EXPONENTS))
+    rows = tuple(tail.GROUP.row(name) for name in names)
+    return replace(tail.GROUP, name="gpu-tail", cases=cases, quick=cases, rows=rows)
+
+
+def stats_group(device: str, shape: dict[str, int] = STATS_SHAPE) -> Group:
+    """A step of SmolLM2-135M, with and without gradient statistics."""
+    cases = (Case(shape, "bfloat16", device=device, rounds=7),)
+    return replace(stats.GROUP, name="gpu-stats", cases=cases, quick=cases)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -22,6 +23,13 @@ from benchmarks.registry import Group
 
 # The row that figures draw in black.
 OURS = "bvpo_kernels"
+
+
+def machine(entry: Any) -> str:
+    """Where a record was measured, in a few words."""
+    if str(entry["device"]).startswith("cuda"):
+        return str(entry["gpu"])
+    return f"{entry['cpu']}, {entry['threads']} threads"
 
 
 def _colors(frame: pd.DataFrame) -> dict[str, str]:
@@ -122,7 +130,7 @@ def plot_against_tokens(frame: pd.DataFrame, metric: str, path: Path) -> None:
     )
     first = frame.iloc[0]
     sizes = ", ".join(dict.fromkeys(points["others"].str.rpartition(" ")[0]))
-    figure.suptitle(f"{first['cpu']}, {first['threads']} threads: {sizes}", fontsize=8)
+    figure.suptitle(f"{machine(first)}: {sizes}", fontsize=8)
     _save(figure, path)
 
 
@@ -174,5 +182,5 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
         for axes, mode in zip(panels, modes, strict=True):
             _memory_lines(axes, memory, mode, colors)
     first = frame.iloc[0]
-    figure.suptitle(f"{first['group']}: {first['cpu']}, {first['threads']} threads", fontsize=9)
+    figure.suptitle(f"{first['group']}: {machine(first)}", fontsize=9)
     _save(figure, path)

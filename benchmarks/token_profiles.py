@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,32 +42,35 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum(-1)
 
 
-def synthetic(profile: str, tokens: int, dim: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+def synthetic(
+    profile: str, tokens: int, dim: int, vocab: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [T, D], weight [V, D] and targets drawn from the softmax itself; seeded.
 
     "flat": normal states and weight. Else rows of the weight come in clusters around a centre; a
     state lies along a centre, which makes a cluster's members likely, and along one member by a
     gain that gives the entropy of the profile: the gain is read off a table that is measured first.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+    on: dict[str, Any] = {"generator": generator, "device": device}
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, **on)
 
     weight = normal(vocab, dim) * WEIGHT_STD
     hidden = normal(tokens, dim)
     if profile != "flat":
-        cluster_V = torch.arange(vocab) % (vocab // CLUSTER)
+        cluster_V = torch.arange(vocab, device=device) % (vocab // CLUSTER)
         centre = normal(vocab // CLUSTER, dim) * WEIGHT_STD
         weight += centre[cluster_V]
-        peak = torch.randint(vocab, (tokens,), generator=generator)
-        share = torch.rand(tokens, generator=generator)
+        peak = torch.randint(vocab, (tokens,), **on)
+        share = torch.rand(tokens, **on)
         common = centre[cluster_V[peak]]
         common = common / common.square().sum(1, keepdim=True)
         own = weight[peak] - centre[cluster_V[peak]]
         own = own / own.square().sum(1, keepdim=True)
         hidden = hidden * (MEMBER_STD / (WEIGHT_STD * dim**0.5)) + CENTRE_GAIN * common
-        gains = torch.linspace(0, 24, 25)
+        gains = torch.linspace(0, 24, 25, device=device)
         few = slice(0, min(tokens, 32))
         table = torch.stack(
             [_entropy((hidden[few] + gain * own[few]) @ weight.T).median() for gain in gains]

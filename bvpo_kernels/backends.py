@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from bvpo_kernels import compiled
 
-# `impl="auto"` takes the first of these that can serve the call. "cuda" before "triton" is an
-# unmeasured estimate: they move the same bytes (csrc/cuda/README.md); `benchmarks.gpu` will tell.
-PREFERENCE = ("cuda", "triton", "cpp", "eager")
+# `impl="auto"` takes the first of these that can serve the call. On an H200 the LM head is faster
+# with Triton's row kernels than with CUDA's (DESIGN.md, section 13).
+PREFERENCE = ("triton", "cuda", "cpp", "eager")
 # Triton's interpreter runs the kernels on CPU tensors, for tests: never chosen by "auto".
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -48,19 +48,22 @@ def describe(name: str) -> str:
     }[name]
 
 
-def choose(impl: str, unsupported: Callable[[str], str]) -> str:
+def choose(
+    impl: str, unsupported: Callable[[str], str], preference: Sequence[str] = PREFERENCE
+) -> str:
     """The backend that will run; a named one that cannot serve the call raises.
 
     Args:
-        impl: "auto" (the first of `PREFERENCE` that can) or the name of a backend.
+        impl: "auto" (the first of `preference` that can) or the name of a backend.
         unsupported: why a backend that is installed cannot serve this call, '' when it can.
+        preference: from fast to slow.
 
     Raises:
         ValueError: naming what was asked for and which backends can.
     """
     reasons = {name: why or unsupported(name) for name, why in MISSING.items()}
     if impl == "auto":
-        usable = (name for name in PREFERENCE if not reasons[name])
+        usable = (name for name in preference if not reasons[name])
         return next(name for name in usable if not (name == "triton" and INTERPRETED))
     if impl not in reasons:
         raise ValueError(f"impl: expected 'auto' or one of {list(reasons)}, got {impl!r}")

@@ -32,7 +32,7 @@ def test_head_group_gates_and_times(monkeypatch):
     assert [case.mode for case in group.cases] == ["scores", "frozen", "trained"]
     for case in group.cases:
         states = statuses(run.run_case(group, case, 1, tqdm(disable=True)))
-        ours = [name for name in ("triton", "triton, fused") if name in states]
+        ours = [name for name in ("triton", "triton, unfused") if name in states]
         for row in ("naive", "eager", *(ours if backends.INTERPRETED else [])):
             assert states[row].startswith("ok"), (row, states[row])
         assert states["Liger"].startswith((records.MISSING, records.FAILED, "ok"))
@@ -44,6 +44,23 @@ def test_pair_reduce_group_gates_and_times():
         states = statuses(run.run_case(group, case, 1, tqdm(disable=True)))
         for row in ("naive", *(["triton"] if backends.INTERPRETED else [])):
             assert states[row] == "ok", (row, states[row])
+
+
+def test_tail_group_gates_and_times():
+    group = gpu_groups.tail_group("cpu", 64, 32, 768)
+    assert [case.mode for case in group.cases] == ["peaked", "reasoning", "flat"]
+    for case in group.cases:
+        states = statuses(run.run_case(group, case, 1, tqdm(disable=True)))
+        if not backends.MISSING["cpp"]:
+            assert set(states.values()) == {"ok"}, states
+        assert set(states) == {"naive", "exact", "2^-5", "2^-7", "2^-9", "2^-11"}
+
+
+def test_stats_group_gates_and_times():
+    group = gpu_groups.stats_group("cpu", {"R": 8, "B": 2, "L": 1, "D": 64, "V": 512})
+    states = statuses(run.run_case(group, group.cases[0], 1, tqdm(disable=True)))
+    for row in ("none", "exact", "exact+sketch", "loop"):
+        assert states[row].startswith(("ok", "yardstick")), (row, states[row])
 
 
 def test_the_gate_of_pair_reduce_rejects_a_wrong_kernel():
@@ -117,6 +134,26 @@ def test_no_case_begins_when_the_time_is_up(tmp_path, capsys):
     measured = records.read_csv(path)["case"].unique().tolist()
     assert measured == [group.cases[0].name]
     assert f"Out of time, not measured: {group.cases[1].name}" in capsys.readouterr().out
+
+
+def test_only_the_named_groups_are_measured(tmp_path, monkeypatch):
+    """Rates and lines are of the groups that have FLOPs or bytes to count."""
+    monkeypatch.setattr(gpu, "measure_ceilings", lambda: {"copy": 1e9, "matmul": 1e9})
+    measured = []
+
+    def run_group(group, **options):
+        measured.append(group.name)
+        case = group.cases[0]
+        path = tmp_path / f"{group.name}.csv"
+        entry = records.record(group.name, case, "triton", "time", 1.0, "s")
+        records.write_csv(path, [entry | records.environment(1)])
+        return path
+
+    monkeypatch.setattr(run, "run_group", run_group)
+    gpu.measure(tmp_path, quick=True, until=0.0, only="pair|tail")
+    assert measured == ["gpu-pair-reduce", "gpu-tail"]
+    rates = pd.read_csv(tmp_path / "rates.csv")
+    assert rates["case"].tolist() == [gpu_groups.pair_reduce_group("cuda").cases[0].name]
 
 
 def test_help_explains_itself(capsys):

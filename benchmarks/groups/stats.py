@@ -106,7 +106,7 @@ def _measured(name: str, yardstick: str = "", **options: Any) -> Row:
             inputs.policy.zero_grad()
             with stats.collect(batch, scale):
                 _backward(inputs.policy, batch)
-            return {"gram": stats.result().gram_BKK.float()}
+            return {"gram": stats.result().gram_BKK.float().to(case.device)}
 
         return call
 
@@ -159,7 +159,9 @@ def gate(case: Case, inputs: Inputs) -> Gate:
     """Short segments through the case's own model; the oracle is the loop in fp64."""
     sizes = (GATE_TOKENS, case.shape["V"], GATE_TOKENS, GATE_TOKENS)
     few = _units(case.shape["B"], *sizes)
-    exact = FusedHeadLM(copy.deepcopy(inputs.policy.model).double())
+    model: Any = copy.deepcopy(inputs.policy.model).double()
+    model.set_attn_implementation(resolve_attention(AUTO, torch.device(case.device), torch.float64))
+    exact = FusedHeadLM(model)
     return Gate(
         inputs=Inputs(inputs.policy, few),
         select=lambda outputs: outputs,
@@ -192,7 +194,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         ):
             fill(part, axes)
         first = frame.iloc[0]
-        figure.suptitle(f"stats: {first['cpu']}, {first['threads']} threads", fontsize=9)
+        figure.suptitle(f"stats: {plot.machine(first)}", fontsize=9)
 
 
 def _draw_growth(ratios: pd.DataFrame, axes: Any) -> None:

@@ -32,25 +32,29 @@ def make_inputs(case: Case) -> Inputs:
         hidden, weight, target = token_profiles.smollm2(tokens)
     else:
         profile = "reasoning" if case.mode == "smollm2" else case.mode
-        hidden, weight, target = token_profiles.synthetic(profile, tokens, dim, vocab)
+        hidden, weight, target = token_profiles.synthetic(profile, tokens, dim, vocab, case.device)
     generator = torch.Generator().manual_seed(0)
     sign = torch.randint(2, (len(target),), generator=generator) * 2.0 - 1
-    return Inputs(hidden, weight, target, sign)
+    return Inputs(hidden, weight, target, sign.to(case.device))
 
 
 def _trained(case: Case) -> Case:
     return replace(case, mode="trained")
 
 
-def _forward(tolerance: float) -> logprobs.Forward:
+def _impl(case: Case) -> str:
+    return "cpp" if case.device == "cpu" else "triton"
+
+
+def _forward(tolerance: float, impl: str) -> logprobs.Forward:
     def forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return linear_logprobs(hidden, weight, target, tail_tolerance=tolerance, impl="cpp")
+        return linear_logprobs(hidden, weight, target, tail_tolerance=tolerance, impl=impl)
 
     return forward
 
 
 def _make(tolerance: float, case: Case, inputs: Inputs) -> Call:
-    return logprobs.differentiate(_forward(tolerance), _trained(case), inputs)
+    return logprobs.differentiate(_forward(tolerance, _impl(case)), _trained(case), inputs)
 
 
 def _certified(tolerance: float, case: Case, inputs: Inputs) -> Call:
@@ -103,7 +107,7 @@ def _sparse_row(exponent: int) -> Row:
     return Row(
         f"2^-{exponent}",
         lambda case, inputs: _make(tolerance, case, inputs),
-        missing=lambda case: MISSING["cpp"],
+        missing=lambda case: MISSING[_impl(case)],
         facts=lambda case, inputs: _facts(tolerance, case, inputs),
         make_certified=lambda case, inputs: _certified(tolerance, case, inputs),
     )
@@ -129,7 +133,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         panels[0, 0].set_ylabel("time / exact")
         panels[1, 0].set_ylabel("relative error against fp64")
         first = frame.iloc[0]
-        figure.suptitle(f"tail: {first['cpu']}, {first['threads']} threads", fontsize=9)
+        figure.suptitle(f"tail: {plot.machine(first)}", fontsize=9)
 
 
 def _draw_case(frame: pd.DataFrame, case: str, top: Any, bottom: Any) -> None:
@@ -177,7 +181,7 @@ GROUP = Group(
         Row("naive", lambda case, inputs: logprobs.differentiate(
             logprobs.naive, _trained(case), inputs), facts=_profile),
         Row("exact", lambda case, inputs: _make(0.0, case, inputs),
-            missing=lambda case: MISSING["cpp"]),
+            missing=lambda case: MISSING[_impl(case)]),
         *(_sparse_row(exponent) for exponent in EXPONENTS),
     ),
     make_inputs=make_inputs,

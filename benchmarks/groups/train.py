@@ -89,7 +89,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=len(rows))
         first = frame.iloc[0]
-        figure.suptitle(f"train: {first['cpu']}, {first['threads']} threads", fontsize=9)
+        figure.suptitle(f"train: {plot.machine(first)}", fontsize=9)
 
 
 def _case(mode: str, dtype: str, ranks: int, units: int, rounds: int) -> Case:

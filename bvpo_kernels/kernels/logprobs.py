@@ -226,7 +226,8 @@ def forward_rows(
         p: [rows, columns], any float dtype; may be a view of z's memory with elements of at most
             z's size and rows that start where z's do. Rows that are not scored become 0.
     """
-    shape = config(z.device).rows
+    shapes = config(z.device)
+    shape = shapes.rows if p is None else shapes.rows_twice
     num_rows, columns = z.shape
     _forward_kernel[(triton.cdiv(num_rows, shape.rows),)](
         z, z if p is None else p, z if bias_V is None else bias_V, target_T, count, state,

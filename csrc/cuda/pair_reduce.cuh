@@ -11,6 +11,7 @@
 namespace bvpo::cuda {
 
 constexpr int kReduceThreads = 512;
+constexpr int kPerThread = 8;  // 16 bytes in half precision, twice 16 in fp32
 constexpr int64_t kTile = 1 << 16;  // elements per partial, TILE of the Triton kernel
 
 // weights: two numbers, or null for 1. With `kVector` all pointers are aligned to 16 bytes.
@@ -28,9 +29,9 @@ __global__ void __launch_bounds__(kReduceThreads) pair_reduce_kernel(
     for (; first < end; first += kReduceThreads * kPerThread) {
       const int left = static_cast<int>(end - first);
       float t[kPerThread], e[kPerThread], sum[kPerThread];
-      load8<kVector>(g_trace + first, left, t);
-      load8<kVector>(g_empty + first, left, e);
-      load8<kVector>(total + first, add ? left : 0, sum);
+      load<kVector>(g_trace + first, left, t);
+      load<kVector>(g_empty + first, left, e);
+      load<kVector>(total + first, add ? left : 0, sum);
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
         trace += t[i] * t[i];
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kReduceThreads) pair_reduce_kernel(
         cross += t[i] * e[i];
         sum[i] += weight_trace * t[i] + weight_empty * e[i];
       }
-      store8<kVector>(total + first, left, sum);
+      store<kVector>(total + first, left, sum);
     }
     trace = block_reduce<false>(trace, scratch);
     empty = block_reduce<false>(empty, scratch);

@@ -1,5 +1,4 @@
-// Accesses of 8 elements per thread (16 bytes in half precision, twice 16 in fp32), conversions,
-// and reductions over a block in a fixed order.
+// Accesses of up to 16 bytes, conversions, and reductions over a block in a fixed order.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,7 +6,6 @@
 
 namespace bvpo::cuda {
 
-constexpr int kPerThread = 8;
 constexpr int kWarp = 32;
 
 __device__ inline float widen(float x) { return x; }
@@ -23,42 +21,46 @@ __device__ inline __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x);
 template <>
 __device__ inline __half narrow(float x) { return __float2half_rn(x); }
 
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
+// One access: 16 bytes, or N elements where these are fewer.
+template <typename T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+  static constexpr int kSize = N * sizeof(T) < 16 ? N : 16 / sizeof(T);
   T value[kSize];
 };
 
-// out[i] = from[i] for i < count, 0 beyond. With `kVector`, `from` is aligned to 16 bytes.
-template <bool kVector, typename T>
-__device__ inline void load8(const T* from, int count, float (&out)[kPerThread]) {
-  if (kVector && count >= kPerThread) {
+// out[i] = from[i] for i < count, 0 beyond. With `kVector`, `from` is aligned to 16 bytes, or to all
+// of N elements where these are fewer bytes.
+template <bool kVector, int N, typename T>
+__device__ inline void load(const T* from, int count, float (&out)[N]) {
+  if (kVector && count >= N) {
+    using Access = Pack<T, N>;
 #pragma unroll
-    for (int i = 0; i < kPerThread; i += Pack<T>::kSize) {
-      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from + i);
+    for (int i = 0; i < N; i += Access::kSize) {
+      const Access pack = *reinterpret_cast<const Access*>(from + i);
 #pragma unroll
-      for (int j = 0; j < Pack<T>::kSize; ++j) out[i + j] = widen(pack.value[j]);
+      for (int j = 0; j < Access::kSize; ++j) out[i + j] = widen(pack.value[j]);
     }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) out[i] = i < count ? widen(from[i]) : 0.0f;
+  for (int i = 0; i < N; ++i) out[i] = i < count ? widen(from[i]) : 0.0f;
 }
 
-template <bool kVector, typename T>
-__device__ inline void store8(T* to, int count, const float (&in)[kPerThread]) {
-  if (kVector && count >= kPerThread) {
+template <bool kVector, int N, typename T>
+__device__ inline void store(T* to, int count, const float (&in)[N]) {
+  if (kVector && count >= N) {
+    using Access = Pack<T, N>;
 #pragma unroll
-    for (int i = 0; i < kPerThread; i += Pack<T>::kSize) {
-      Pack<T> pack;
+    for (int i = 0; i < N; i += Access::kSize) {
+      Access pack;
 #pragma unroll
-      for (int j = 0; j < Pack<T>::kSize; ++j) pack.value[j] = narrow<T>(in[i + j]);
-      *reinterpret_cast<Pack<T>*>(to + i) = pack;
+      for (int j = 0; j < Access::kSize; ++j) pack.value[j] = narrow<T>(in[i + j]);
+      *reinterpret_cast<Access*>(to + i) = pack;
     }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
+  for (int i = 0; i < N; ++i) {
     if (i < count) to[i] = narrow<T>(in[i]);
   }
 }

@@ -1,4 +1,5 @@
-"""Functions run in processes of their own: alone or as ranks of a gloo group, killed or not."""
+"""Functions run in processes of their own: alone or as ranks of a gloo group, killed or not; on the
+CPU, also where a GPU is."""
 
 import multiprocessing
 import os
@@ -29,8 +30,10 @@ def run_processes(work: Callable[..., None], ranks: int, *args: object) -> list[
             _CONTEXT.Process(target=_main, args=(work, rank, ranks, f"{folder}/store", args))
             for rank in range(ranks)
         ]
-        for process in processes:
-            process.start()
+        # What they import would bring CUDA up in the server, and a fork of that has none.
+        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+            for process in processes:
+                process.start()
         waiting = {process.sentinel: process for process in processes}
         while waiting:
             for sentinel in wait(list(waiting)):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,9 @@ RANKS = 2
 
 
 def spawn(worker: Callable[..., None], folder: Path, *arguments: Any) -> None:
-    """Run `worker(rank, folder, *arguments)` in two processes of a gloo group."""
-    torch.multiprocessing.spawn(_worker, (worker, str(folder), arguments), RANKS)
+    """Run `worker(rank, folder, *arguments)` in two processes of a gloo group, on the CPU."""
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        torch.multiprocessing.spawn(_worker, (worker, str(folder), arguments), RANKS)
 
 
 def _worker(rank: int, worker: Callable[..., None], folder: str, arguments: tuple) -> None:

@@ -275,7 +275,8 @@ def test_pickles_of_the_format_run_nothing(tmp_path, monkeypatch):
     trained(tmp_path, 1)
     (folder,) = checkpoints(tmp_path)
     (folder / ".metadata").write_bytes(pickle.dumps(Explosive()))
-    with pytest.raises(RuntimeError, match="does not describe a tensor"):
+    # torch 2.11 goes on after the first, without metadata.
+    with pytest.raises(RuntimeError, match=r"does not describe a tensor|metadata is None"):
         read_state(folder, {"model": model_tensors(Tied())})
     assert not Path("exploded").exists()
     pickle.loads((folder / ".metadata").read_bytes())
