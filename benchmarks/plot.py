@@ -32,11 +32,13 @@ def machine(entry: Any) -> str:
     return f"{entry['cpu']}, {entry['threads']} threads"
 
 
-def _colors(frame: pd.DataFrame) -> dict[str, str]:
-    return {row: f"C{index % 10}" for index, row in enumerate(frame["row"].unique())}
+def _colors(frame: pd.DataFrame) -> dict[str, Any]:
+    rows = frame["row"].unique()
+    colors = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20").colors  # type: ignore
+    return {row: colors[index % len(colors)] for index, row in enumerate(rows)}
 
 
-def _time_bars(axes: Axes, frame: pd.DataFrame, colors: dict[str, str]) -> None:
+def _time_bars(axes: Axes, frame: pd.DataFrame, colors: dict[str, Any]) -> None:
     """One cluster of horizontal bars per case."""
     ratios = frame[frame["metric"] == "ratio"]
     cases, rows = list(ratios["case"].unique()), list(ratios["row"].unique())
@@ -53,7 +55,7 @@ def _time_bars(axes: Axes, frame: pd.DataFrame, colors: dict[str, str]) -> None:
         axes.legend(fontsize=7)
 
 
-def _memory_lines(axes: Axes, frame: pd.DataFrame, mode: str, colors: dict[str, str]) -> None:
+def _memory_lines(axes: Axes, frame: pd.DataFrame, mode: str, colors: dict[str, Any]) -> None:
     """Peak memory against T, a line per row and set of other sizes."""
     markers: dict[str, str] = {}
     for (row, others), line in frame[frame["mode"] == mode].groupby(["row", "others"], sort=False):
@@ -134,7 +136,7 @@ def plot_against_tokens(frame: pd.DataFrame, metric: str, path: Path) -> None:
     _save(figure, path)
 
 
-def _token_lines(panel: Axes, points: pd.DataFrame, metric: str, colors: dict[str, str]) -> None:
+def _token_lines(panel: Axes, points: pd.DataFrame, metric: str, colors: dict[str, Any]) -> None:
     """A line per row; the smallest values are cut, so that 0 MiB has a place on the axis."""
     for row, line in points.groupby("row", sort=False):
         line = line.sort_values("T")

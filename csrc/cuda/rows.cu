@@ -8,9 +8,8 @@
 namespace bvpo::cuda {
 namespace {
 
+// On an H200 the best of 2, 3, 4, 6 and 8 forward, with and without p; 4 is 3 % better backward.
 constexpr int kBlocksPerSm = 6;
-// With p a row is read twice: so few rows at a time that the second read finds them in L2.
-constexpr int kBlocksPerSmTwice = 3;
 
 Tile tile_of(const Tensor& z, int64_t row_start, int64_t column_start) {
   return {pointer<float>(z, ScalarType::Float, "z"), z.stride(0), static_cast<int>(z.size(0)),
@@ -49,7 +48,7 @@ void rows_forward(Tensor z, std::optional<Tensor> p, std::optional<Tensor> bias,
   const int64_t* targets = pointer<int64_t>(target, ScalarType::Long, "target");
   const int32_t* counted = pointer<int32_t>(count, ScalarType::Int, "count");
   float* states = pointer<float>(state, ScalarType::Float, "state");
-  const int grid = persistent_grid(z, tile.rows, p ? kBlocksPerSmTwice : kBlocksPerSm);
+  const int grid = persistent_grid(z, tile.rows, kBlocksPerSm);
   with_type(p.value_or(z), [&](auto element) {
     using Out = decltype(element);
     Out* out = p ? static_cast<Out*>(p->mutable_data_ptr()) : nullptr;
