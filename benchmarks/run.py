@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
-from benchmarks import measure, plot, proxies, readme, records, registry, verify
+from benchmarks import gpu_readme, measure, plot, proxies, readme, records, registry, verify
 from benchmarks.records import Record
 from benchmarks.registry import Call, Case, Gate, Group, Row
 
@@ -267,6 +267,7 @@ def write_readme() -> None:
     }
     paths = {name: records.RESULTS / f"{name}.csv" for name in tables}
     found = {name: table(paths[name]) for name, table in tables.items() if paths[name].exists()}
+    found["gpu"] = gpu_readme.section(records.RESULTS / "h200")
     readme.put(found)
 
 

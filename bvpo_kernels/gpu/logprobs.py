@@ -36,6 +36,8 @@ MIN_COLUMNS = 1024
 # Columns are cut at multiples of this, so that every tile's rows are aligned for 16-byte accesses.
 COLUMN_STEP = 64
 LOGIT_BYTES = 4
+# Compaction, softmax state and results of a token.
+VECTOR_BYTES = 64
 
 
 class RowKernels(NamedTuple):
@@ -158,7 +160,7 @@ def _forward_tile(
     no room for a GEMM."""
     weight_VD = head.weight_VD
     dim, vocab = hidden_TD.shape[1], weight_VD.shape[0]
-    token_bytes = dim * (hidden_TD.element_size() + (4 if unit else 0))
+    token_bytes = dim * (hidden_TD.element_size() + (4 if unit else 0)) + VECTOR_BYTES
     tile = _tile(num_tokens, vocab, workspace, token_bytes, 0)
     wide = tile.columns >= min(vocab, MIN_COLUMNS)
     faster = config(hidden_TD.device).fused_scores
@@ -219,6 +221,7 @@ def forward(
         if result.unit_grad_TD is not None:
             packing.scatter_rows(result.unit_grad_TD, rows.index_R[tokens], unit_TD)
         parts.append(result[:4])
+        del hidden, unit, result  # before the next chunk is gathered
     columns = [[part[i] for part in parts] for i in range(4 if need_entropy else 3)]
     out = [rows.put_back(torch.cat(values), scored_T) for values in columns]
     return (*out, *([] if need_entropy else [hidden_TD.new_empty(0)]), unit_TD)
@@ -276,6 +279,7 @@ class _Backward:
                 _add_product(part, dz, self.head.weight_VD[columns])
                 del dz
             packing.scatter_rows(part, self.rows.index_R[tokens], dhidden_TD)
+            del hidden, part
         return dhidden_TD
 
     def weight(
