@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-# Test processes, a file each at a time; each computes on one thread.
+# Test processes, a file each at a time, in the order of tests/conftest.py; each on one thread.
 WORKERS ?= 2
 PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -35,7 +35,7 @@ study: $(STAMP)  ## measure on a small model whether a* minimises and helps (min
 	$(PY) -m train study --quick --out runs/study-quick
 
 test: $(STAMP)  ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 trl: $(STAMP)  ## run TRL's tests with the oldest version that is served (`make test` has the newest)
 	$(PIP) install -q --no-deps --upgrade --target build/trl-oldest 'trl==1.15.*'

@@ -1,6 +1,7 @@
 """Shared by the tests: which backends can run here."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
+    # Files with most slow tests first: one that begins last keeps a single process busy at the end.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

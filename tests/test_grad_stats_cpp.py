@@ -63,6 +63,17 @@ def test_head(dtype, kept, exact, bias, options, workspace):
         assert_accurate(name, actual, eager[name].nan_to_num(), oracle[name])
 
 
+@pytest.mark.skipif(not backends.INTERPRETED, reason="the inputs are on the CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.6}])
+def test_head_by_triton(dtype, options):
+    case = Case(400, 47, 1801, dtype, bias=True, options=options)
+    oracle = head(case, "eager", plan("kinds"), dtype=torch.float64)
+    eager = head(case, "eager", plan("kinds"))
+    for name, actual in head(case, "triton", plan("kinds")).items():
+        assert_accurate(name, actual, eager[name].nan_to_num(), oracle[name])
+
+
 def test_head_without_hidden_and_rows():
     """What is not wanted is empty, and the rest does not depend on it."""
     case = Case(400, 32, 700, torch.float32)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import gpu_readme, records
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -21,3 +23,7 @@ def test_targets_exist():
     assert {"demo", "test"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_the_gpu_section_is_of_the_results():
+    assert gpu_readme.section(records.RESULTS / "h200") in README

@@ -9,6 +9,11 @@ import torch
 from train.config import ModelConfig
 
 
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def with_compute_dtype(cfg: ModelConfig) -> ModelConfig:
     """The same with "auto" replaced by what this machine computes fast.
 
@@ -17,5 +22,5 @@ def with_compute_dtype(cfg: ModelConfig) -> ModelConfig:
     """
     if cfg.compute_dtype != "auto":
         return cfg
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    fast = torch.cuda.is_available() or multiplies_bf16()
     return replace(cfg, compute_dtype="bfloat16" if fast else "float32")

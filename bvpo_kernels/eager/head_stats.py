@@ -6,6 +6,8 @@ so the FLOPs are those of the plain backward and nothing of size [T, V] or [G, V
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ from bvpo_kernels.eager.grad_stats import (
 )
 from bvpo_kernels.eager.logprobs import BackwardInputs, Head, accumulate_dtype, mm, ranges
 
+Dlogits = Callable[[BackwardInputs, Head, slice], Tensor]
+
 
 class _Sums:
     """What one pass over the vocabulary tiles fills; None where it is not wanted."""
@@ -29,7 +33,9 @@ class _Sums:
     def __init__(
         self, inputs: BackwardInputs, head: Head, need: tuple[bool, bool, bool],
         bounds: list[tuple[int, int]], rows_U: Tensor | None, plan: Plan, layer: int,
+        dlogits: Dlogits,
     ) -> None:  # fmt: skip
+        self.dlogits = dlogits
         hidden_TD, weight_VD = inputs.hidden_TD, head.weight_VD
         acc = accumulate_dtype(hidden_TD.dtype)
         need_hidden, need_weight, need_bias = need
@@ -63,7 +69,7 @@ class _Sums:
             for chunk in ranges(end - start, chunk_rows):
                 rows = slice(start + chunk.start, start + chunk.stop)
                 part = BackwardInputs(*(tensor[rows] for tensor in inputs))
-                dz = logprobs.dlogits(part, head, columns)
+                dz = self.dlogits(part, head, columns)
                 if self.dbias_GV is not None:
                     self.dbias_GV[group, columns] += dz.sum(0)
                 dz = dz.to(weight_tile.dtype)
@@ -108,8 +114,10 @@ def backward(
     rows_U: Tensor | None,
     plan: Plan,
     layer: int,
+    dlogits: Dlogits = logprobs.dlogits,
 ) -> tuple[Tensor, ...]:
-    """The op `bvpo::linear_logprobs_statistics`; results that are not wanted are empty.
+    """The op `bvpo::linear_logprobs_statistics`; results that are not wanted are empty. `dlogits`
+    forms a tile of dZ.
 
     Returns dhidden, dweight, dbias, record, kept of the weight, kept of the bias, rows of the
     groups' weight gradients [G, U, D]. dH is accumulated over T x D fp32 numbers.
@@ -127,7 +135,7 @@ def backward(
         edges = torch.searchsorted(scored, torch.tensor(bounds)).tolist()
         bounds = [(start, end) for start, end in edges]
     need = (need_hidden, need_weight, need_bias and bias_V is not None)
-    sums = _Sums(inputs, head, need, bounds, rows_U, plan, layer)
+    sums = _Sums(inputs, head, need, bounds, rows_U, plan, layer, dlogits)
     chunk_rows, step = _vocab_tile(inputs, weight_VD.shape[0], len(bounds), workspace)
     for columns in ranges(weight_VD.shape[0], step):
         sums.add_columns(inputs, head, columns, chunk_rows, bounds)

@@ -318,6 +318,18 @@ class _Backward:
         return dweight_VD, dbias_V
 
 
+def dlogits(rows: BackwardInputs, head: Head, columns: slice) -> Tensor:
+    """`eager.logprobs.dlogits` of half-precision or fp32 rows, in fp32, by one pass over h W^T."""
+    z = mm(rows.hidden_TD, head.weight_VD[columns].T)
+    upstream_T = rows.dlogprobs_T / head.temperature
+    everything = torch.full((1,), z.shape[0], dtype=torch.int32, device=z.device)
+    triton_rows.backward_rows(
+        z, z, rows.target_T, everything, upstream_T, -torch.expm1(rows.logprobs_T) * upstream_T,
+        rows.max_T, rows.logsum_T, 0, columns.start, **_options(head),
+    )  # fmt: skip
+    return z
+
+
 def backward(
     dlogprobs_T: Tensor,
     hidden_TD: Tensor,

@@ -7,6 +7,7 @@ one are a `Plan`; `layer` indexes the record.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,11 +22,16 @@ from bvpo_kernels.eager.logprobs import accumulate_dtype
 from bvpo_kernels.ops import LIB
 
 _REDUCE: dict[str, Any] = {"eager": eager.pair_reduce}
+_HEAD: dict[str, Any] = {"cpp": compiled_head_stats.backward}
 if not backends.MISSING["triton"]:  # importing these modules needs triton
     from bvpo_kernels.gpu import cuda_kernels
+    from bvpo_kernels.gpu import logprobs as gpu_logprobs
     from bvpo_kernels.kernels import grad_stats as triton_reduce
 
     _REDUCE |= {"triton": triton_reduce.pair_reduce, "cuda": cuda_kernels.pair_reduce}
+    _HEAD |= dict.fromkeys(
+        ("triton", "cuda"), functools.partial(head_stats.backward, dlogits=gpu_logprobs.dlogits)
+    )
 
 # On an H200: 98 % of a copy's bandwidth with dW in bf16, Triton's 79 %; equal in fp32.
 _REDUCE_PREFERENCE = ("cuda", "triton", "cpp", "eager")
@@ -201,7 +207,7 @@ def _norm_fake(dy, x, eps, centered, need_weight, need_bias, *plan_and_layer):
 def _head(*arguments):
     *call, impl = arguments[:13]
     *plan, layer = arguments[17:]
-    backward: Any = compiled_head_stats.backward if impl == "cpp" else head_stats.backward
+    backward = _HEAD.get(impl, head_stats.backward)
     with torch.autocast(arguments[1].device.type, enabled=False):
         return backward(*call, *arguments[13:17], Plan(*plan), layer)
 
