@@ -123,9 +123,10 @@ def kept(
 
 
 def in_order(records: Iterable[Record], cases: Sequence[str], rows: Sequence[str]) -> list[Record]:
-    """The records by case and row in the given orders; what is not listed comes first."""
-    case_places = {name: place for place, name in enumerate(cases)}
-    row_places = {name: place for place, name in enumerate(rows)}
+    """The records by case and row in the given orders; what is not listed comes first, what is
+    listed twice (as rows of different modes) has its first place."""
+    case_places = {name: place for place, name in reversed(list(enumerate(cases)))}
+    row_places = {name: place for place, name in reversed(list(enumerate(rows)))}
     return sorted(
         records,
         key=lambda one: (case_places.get(one["case"], -1), row_places.get(one["row"], -1)),
