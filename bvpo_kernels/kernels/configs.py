@@ -66,12 +66,12 @@ _INTERPRETED = GemmConfig(16, 128, 16, 2, num_warps=1, num_stages=1, tma=False)
 
 CONFIGS: dict[str, Config] = {
     # 48 KiB of shared memory: also for the consumer chips of this generation and of sm_120.
-    "sm_80": Config(_ROWS, _TWICE, _SMALL, _SMALL, _FP32),
+    "sm_80": Config(_ROWS, _ROWS, _SMALL, _SMALL, _FP32),
     # T = 8192, D = 4096, V = 151 936 on an H200: 15.3 ms, as long as cuBLAS alone. 4 stages 15.5,
     # groups of 32 15.8, tiles of 256 x 128 16.1, of 128 x 128 17.4, without descriptors 19.0.
     "sm_90": Config(_ROWS, _TWICE, _SM90, _SMALL, _FP32, fused_scores=True),
     # 128 x 256 spills in the epilogue here.
-    "sm_100": Config(_ROWS, _TWICE, GemmConfig(256, 128, 64, 16, 8, 4, tma=True), _SMALL, _FP32),
+    "sm_100": Config(_ROWS, _ROWS, GemmConfig(256, 128, 64, 16, 8, 4, tma=True), _SMALL, _FP32),
     "interpreter": Config(
         RowConfig(rows=64, block=256, num_warps=1),
         RowConfig(rows=64, block=256, num_warps=1),
