@@ -174,12 +174,13 @@ def measure(out: Path, quick: bool, until: float, only: str = "") -> None:
         gpu_groups.pair_reduce_group("cuda"), gpu_groups.tail_group("cuda"),
         gpu_groups.stats_group("cuda"), gpu_groups.head_group("cuda", tokens, sizes),
     )  # fmt: skip
+    chosen = [group for group in groups if re.search(only, group.name)]
+    if not chosen:
+        raise ValueError(f"only: {only!r} matches none of {[group.name for group in groups]}")
     frames = []
-    for group in groups:
-        if re.search(only, group.name):
-            frame = records.read_csv(run.run_group(group, out=out, until=until))
-            gpu_groups.release_inputs()
-            frames.append(frame)
+    for group in chosen:
+        frames.append(records.read_csv(run.run_group(group, out=out, until=until)))
+        gpu_groups.release_inputs()
     tables = {"rates": pd.concat([rates(frame, ceilings) for frame in frames])}
     if any(chip in where["gpu"] for chip in LINE_CHIPS):
         tables["lines"] = lines(tables["rates"])

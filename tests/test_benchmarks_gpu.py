@@ -152,6 +152,8 @@ def test_only_the_named_groups_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_group", run_group)
     gpu.measure(tmp_path, quick=True, until=0.0, only="pair|tail")
     assert measured == ["gpu-pair-reduce", "gpu-tail"]
+    with pytest.raises(ValueError, match=r"only: 'nothing' matches none of .*'gpu-stats'"):
+        gpu.measure(tmp_path, quick=True, until=0.0, only="nothing")
     rates = pd.read_csv(tmp_path / "rates.csv")
     assert rates["case"].tolist() == [gpu_groups.pair_reduce_group("cuda").cases[0].name]
 
