@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bvpo_kernels import backends, ops, scope  # noqa: F401  (ops registers the operators)
+from bvpo_kernels.derivatives import check_reverse_mode
 from bvpo_kernels.reference import logprobs as reference_logprobs
 from bvpo_kernels.tail import logprobs as tail_logprobs
 from bvpo_kernels.types import IGNORE_INDEX
@@ -43,8 +44,8 @@ def _validate(
 
 
 def _validate_shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    if hidden.ndim != 2:
-        raise ValueError(f"hidden: expected shape [T, D], got {tuple(hidden.shape)}")
+    if hidden.ndim != 2 or hidden.shape[1] == 0:
+        raise ValueError(f"hidden: expected shape [T, D], D >= 1, got {tuple(hidden.shape)}")
     num_tokens, dim = hidden.shape
     if weight.ndim != 2 or weight.shape[1] != dim or weight.shape[0] == 0:
         raise ValueError(f"weight: expected shape [V, {dim}], got {tuple(weight.shape)}")
@@ -158,6 +159,7 @@ def linear_logprobs(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given.
+        NotImplementedError: for second derivatives and forward mode (not with impl="reference").
 
     Source: DESIGN.md, "LM-head schedules"; online softmax: Milakov and Gimelshein,
     arXiv 1805.02867; recomputation in the backward: Wijmans et al., arXiv 2411.09009.
@@ -183,6 +185,8 @@ def linear_logprobs(
     if sparse and sharded:
         raise ValueError(f"tail_tolerance: expected 0 for a sharded weight, got {tail_tolerance}")
     chosen = backends.choose(impl, lambda name: _unsupported(name, device, dtype, sparse, sharded))
+    if chosen != "reference" or sparse:
+        check_reverse_mode("linear_logprobs", hidden, weight, bias)
     target = target.to(torch.int64)
     options = (temperature, softcap, ignore_index, workspace, return_entropy, chosen)
     if scope.active is not None and grad and weight_grad:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bvpo_kernels import logprobs as dense
+from bvpo_kernels.derivatives import check_reverse_mode, once
 from bvpo_kernels.eager import lora as eager
 from bvpo_kernels.ops import LIB, check_target_values
 from bvpo_kernels.types import IGNORE_INDEX
@@ -74,6 +75,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:6], *output[:3])
 
 
+@once
 def _autograd(ctx: Any, dlogprobs: Tensor, *_: Tensor) -> tuple:
     need = ctx.needs_input_grad
     need_hidden = need[0] or need[1]
@@ -153,6 +155,7 @@ def lora_logprobs(
     )
     workspace = default if workspace_bytes is None else workspace_bytes
     dense._validate(hidden, weight, target, bias, temperature, softcap, 0.0, workspace)
+    check_reverse_mode("lora_logprobs", hidden, weight, bias, low, lora_b)
     ranks = low.shape[-1] if low.ndim == 2 else -1
     for name, tensor, rows in (("low", low, hidden.shape[0]), ("lora_b", lora_b, weight.shape[0])):
         if tensor.ndim != 2 or tuple(tensor.shape) != (rows, ranks):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bvpo_kernels import backends, checks
+from bvpo_kernels.derivatives import once
 from bvpo_kernels.eager import logprobs as eager_logprobs
 from bvpo_kernels.eager import packing as eager_packing
 
@@ -229,6 +230,7 @@ def _logprobs_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(hidden, weight, target, bias, logprobs, max_T, logsum)
 
 
+@once
 def _logprobs_autograd(ctx: Any, dlogprobs: Tensor, *_: Tensor) -> tuple:
     """Gradients of the log-probabilities only: the other outputs are not differentiable."""
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
@@ -292,6 +294,22 @@ def _segment_sum_autograd(ctx: Any, dsums: Tensor) -> tuple:
     return dvalues, None, None
 
 
+def _segment_spread_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    dsums, cu_seqlens, _, _, ctx.impl = inputs
+    ctx.dtype = dsums.dtype
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _segment_spread_autograd(ctx: Any, dvalues: Tensor) -> tuple:
+    (cu_seqlens,) = ctx.saved_tensors
+    dsums = torch.ops.bvpo.segment_sum(dvalues, cu_seqlens, ctx.impl)
+    return dsums.to(ctx.dtype), None, None, None, None
+
+
+# Each is the other's transpose, so derivatives of any order are right.
+torch.library.register_autograd(
+    "bvpo::segment_spread", _segment_spread_autograd, setup_context=_segment_spread_setup, lib=LIB
+)
 torch.library.register_autograd(
     "bvpo::segment_sum", _segment_sum_autograd, setup_context=_segment_sum_setup, lib=LIB
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bvpo_kernels import backends, checks, ops  # noqa: F401  (ops registers the operators)
+from bvpo_kernels.derivatives import check_reverse_mode
 from bvpo_kernels.reference import packing as reference_packing
 from bvpo_kernels.types import IGNORE_INDEX, KINDS, PackedBatch, TokenPair, Unit
 
@@ -361,6 +362,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Te
     if chosen == "reference":
         checks.cu_seqlens_values(cu_seqlens, values.shape[0])
         return reference_packing.segment_sum(values, cu_seqlens)
+    check_reverse_mode("segment_sum", values)
     return torch.ops.bvpo.segment_sum(values, cu_seqlens, chosen)
 
 

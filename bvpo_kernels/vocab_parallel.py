@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from bvpo_kernels import checks
+from bvpo_kernels.derivatives import once
+from bvpo_kernels.eager.logprobs import p_log_p
 from bvpo_kernels.types import IGNORE_INDEX
 
 
@@ -116,7 +117,7 @@ def _statistics(
     weighted_T = torch.zeros_like(logp_T)
     if options.need_entropy:
         # H = -p log p - sum_{v != y} p_v (z_v - m) + l (1 - p), solved for the sum.
-        own_T = (logsum_T * rest_T - entropy_T - logp_T.exp() * logp_T) * logsum_T.exp()
+        own_T = (logsum_T * rest_T - entropy_T - p_log_p(logp_T)) * logsum_T.exp()
         weighted_T = torch.where(owned_T, own_T.where(rest_T > 0, 0.0), -entropy_T.double())
     return shift_T, log_sum_T, weighted_T, logsum_T + logp_T, logp_T
 
@@ -157,7 +158,7 @@ def _combine(
     )
     logp_T = torch.nn.functional.logsigmoid(target_T - sum_T.log())
     logsum_T = torch.logaddexp(target_T, sum_T.log())
-    entropy_T = -(logp_T.exp() * logp_T + moved_T * torch.exp(-logsum_T))
+    entropy_T = -(p_log_p(logp_T) + moved_T * torch.exp(-logsum_T))
     entropy_T = (entropy_T - logsum_T * torch.expm1(logp_T)).where(scored_T, 0.0)
     return _Whole(logp_T.where(scored_T, 0.0), entropy_T, top_T, logsum_T)
 
@@ -197,7 +198,7 @@ class _VocabParallel(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dlogprobs: Tensor, _: Tensor) -> tuple:
         hidden, weight, local_T, bias_V, *kept = ctx.saved_tensors
         shard, options = ctx.shard, ctx.options

@@ -123,6 +123,16 @@ def set_target(tile: Tensor, inside_T: Tensor, index_T1: Tensor, value_T: Tensor
     return old_T1[:, 0]
 
 
+def weighted_sum(p: Tensor, z: Tensor) -> Tensor:
+    """sum_v p_v z_v of each row, in place over z; a masked column, p = 0 at z = -inf, adds 0."""
+    return z.clamp_min_(torch.finfo(z.dtype).min).mul_(p).sum(1)
+
+
+def p_log_p(logprobs_T: Tensor) -> Tensor:
+    """p log p, 0 for p = 0."""
+    return logprobs_T.exp() * logprobs_T.clamp_min(torch.finfo(logprobs_T.dtype).min)
+
+
 def _forward_rows(
     hidden_TD: Tensor, target_T: Tensor, head: Head, vocab_tile: int, entropy: bool, unit: bool
 ) -> ForwardResult:
@@ -150,7 +160,7 @@ def _forward_rows(
             p = shifted.exp()
             weighted_z_T.add_(torch.where(sum_T > 0, max_T - shift_T, 0.0) * sum_T)
             set_target(shifted, inside_T, index_T1, torch.zeros_like(shift_T))
-            weighted_z_T.mul_(rescale_T).add_((p * shifted).sum(1))
+            weighted_z_T.mul_(rescale_T).add_(weighted_sum(p, shifted))
         else:
             p = z.sub_(shift_T[:, None]).exp_()
         sum_T.mul_(rescale_T).add_(p.sum(1))
@@ -191,7 +201,7 @@ def finish_rows(
     if weighted_z_T is not None:
         # H = -p_y log p_y - sum_{v != y} p_v (z_v - lse), with sum_{v != y} p_v = 1 - p_y.
         rest_T = weighted_z_T * torch.exp(-logsum_T) + logsum_T * torch.expm1(logprobs_T)
-        entropy_T = -(logprobs_T.exp() * logprobs_T + rest_T)
+        entropy_T = -(p_log_p(logprobs_T) + rest_T)
     if unit_TD is not None:
         unit_TD.mul_(-torch.exp(-logsum_T)[:, None])
         coefficient_T = -torch.expm1(logprobs_T) * target_slope_T

@@ -25,6 +25,7 @@ from bvpo_kernels.eager.logprobs import (
     set_target,
     target_column,
     tile_shape,
+    weighted_sum,
 )
 from bvpo_kernels.tail import rule
 
@@ -142,7 +143,7 @@ def _forward_rows(
         p = shifted.exp()
         if entropy:
             set_target(shifted, inside_T, index_T1, torch.zeros_like(shift_T))
-            weighted_z_T = (weighted_z_T + moved_T) * rescale_T + (p * shifted).sum(1)
+            weighted_z_T = (weighted_z_T + moved_T) * rescale_T + weighted_sum(p, shifted)
         kept_T += p.masked_fill(~near, 0).sum(1)
         rest_T += p.masked_fill_(near, 0).sum(1)
         max_T = new_max_T

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bvpo_kernels import ops as _bvpo_ops  # noqa: F401  (defines the library)
+from bvpo_kernels.derivatives import once
 from bvpo_kernels.eager.grad_stats import Plan
 from bvpo_kernels.eager.logprobs import accumulate_dtype
 from bvpo_kernels.grad_stats import ops  # noqa: F401  (registers the operators)
@@ -111,6 +112,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @once
     def backward(ctx, dy):
         x, weight, rows, *tensors = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -160,6 +162,7 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
+    @once
     def backward(ctx, dy):
         ids, *tensors = ctx.saved_tensors
         dweight, record, kept = _embedding_backward(ctx, dy, None, None, ids, tensors)
@@ -180,6 +183,7 @@ class _CarryingEmbedding(torch.autograd.Function):
         return F.embedding(ids, weight), carrier
 
     @staticmethod
+    @once
     def backward(ctx, dy, drows):
         ids, rows, *tensors = ctx.saved_tensors
         if dy is None:  # only the carrier was used, and it is zero
@@ -208,6 +212,7 @@ class _Norm(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
+    @once
     def backward(ctx, dy):
         x, *tensors = ctx.saved_tensors
         size = x.shape[-1]
@@ -260,6 +265,7 @@ class _Head(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @once
     def backward(ctx, dlogprobs, _):
         *saved, rows, ranges, kinds, seed = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]

@@ -121,7 +121,9 @@ def _forward_kernel(
         e = tl.exp(distance)
         if HAS_ENTROPY:
             moved = e * (weighted_RB + distance * sum_RB)
-            moved = tl.where(higher_RB, moved, weighted_RB + e * distance)
+            # A masked logit, -inf, adds 0.
+            added = tl.where(e == 0.0, 0.0, e * distance)
+            moved = tl.where(higher_RB, moved, weighted_RB + added)
             weighted_RB = tl.where(keep_RB, moved, weighted_RB)
         moved = tl.where(higher_RB, sum_RB * e + 1.0, sum_RB + e)
         sum_RB = tl.where(keep_RB, moved, sum_RB)

@@ -104,7 +104,8 @@ def _fused_forward_kernel(
         tl.store(state_ptr + 4 * state_stride + row_M, slope_M, mask=here_M)
 
     keep_MN = inside_N[None, :] & (local_N[None, :] != target_M[:, None])
-    z = tl.where(keep_MN, z, _LOWEST)
+    # Masked logits, -inf, join the columns that do not count.
+    z = tl.where(keep_MN, tl.maximum(z, _LOWEST, tl.PropagateNan.ALL), _LOWEST)
     max_M = tl.max(z, 1)
     partial_M = partial_ptr + n.to(tl.int64) * tile_stride + row_M
     tl.store(partial_M, max_M, mask=scored_M)

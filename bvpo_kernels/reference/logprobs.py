@@ -31,5 +31,6 @@ def linear_logprobs(
     logp_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
     scored_T = target_T != ignore_index
     logprobs_T = logp_TV.gather(1, target_T.where(scored_T, 0)[:, None])[:, 0]
-    entropy_T = -(logp_TV.exp() * logp_TV).sum(-1)
+    # A masked column, -inf, adds 0.
+    entropy_T = -(logp_TV.exp() * logp_TV.clamp_min(torch.finfo(logp_TV.dtype).min)).sum(-1)
     return logprobs_T.where(scored_T, 0.0), entropy_T.where(scored_T, 0.0)

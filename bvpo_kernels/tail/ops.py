@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bvpo_kernels import backends, ops
+from bvpo_kernels.derivatives import once
 from bvpo_kernels.eager import tail as eager_tail
 from bvpo_kernels.tail import rule
 
@@ -117,6 +118,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once
 def _autograd(ctx: Any, dlogprobs: Tensor | None, *_: Tensor | None) -> tuple:
     """Gradients of the log-probabilities only: the other outputs are not differentiable."""
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]

@@ -49,7 +49,7 @@ inline void finish_token(float max, float sum, float weighted, float target_z, i
   out.logsum[row] = static_cast<float>(logsum);
   if (out.entropy) {
     const double rest = weighted * std::exp(-logsum) + logsum * std::expm1(logp);
-    const double own = std::exp(logp) * logp;
+    const double p = std::exp(logp), own = p > 0 ? p * logp : 0.0;  // a masked target has none
     out.entropy[row] = static_cast<float>(std::max(-(own + rest), 0.0));
   }
 }

@@ -71,7 +71,7 @@ struct Softmax {
       sum = sum * e + 1.0f;
       max = z;
     } else {
-      if (kEntropy) weighted += e * distance;
+      if (kEntropy) weighted += e == 0.0f ? 0.0f : e * distance;  // a masked logit is -inf
       sum += e;
     }
   }
