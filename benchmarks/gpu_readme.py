@@ -1,4 +1,4 @@
-"""What README.md shows of the results of `benchmarks.gpu`."""
+"""What benchmarks/README.md shows of the results of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def section(folder: Path) -> str:
         f"{ceilings['matmul'] / 1e12:.0f} TFLOP/s. torch {ceilings['torch']}, Python "
         f"{ceilings['python']}, commit {ceilings['commit']}, {ceilings['date']}. Medians of "
         "interleaved runs; MiB above inputs and results; errors relative to fp64 (Euclidean). All "
-        f"sizes: `benchmarks/results/{folder.name}/`."
+        f"sizes: `results/{folder.name}/`."
     )
     return "\n\n".join([
         where, *(_head(head, shape) for shape in shapes), _tail(tail),
-        f"![time and error by tolerance](benchmarks/results/{folder.name}/gpu-tail.png)",
+        f"![time and error by tolerance](results/{folder.name}/gpu-tail.png)",
         _stats(stats), _lines(pd.read_csv(folder / "lines.csv")),
     ])  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import records
 from benchmarks.registry import Group
+from train.files import replace_file
 
 # The row that figures draw in black.
 OURS = "bvpo_kernels"
@@ -133,7 +133,7 @@ def plot_against_tokens(frame: pd.DataFrame, metric: str, path: Path) -> None:
     first = frame.iloc[0]
     sizes = ", ".join(dict.fromkeys(points["others"].str.rpartition(" ")[0]))
     figure.suptitle(f"{machine(first)}: {sizes}", fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _token_lines(panel: Axes, points: pd.DataFrame, metric: str, colors: dict[str, Any]) -> None:
@@ -150,12 +150,10 @@ def _token_lines(panel: Axes, points: pd.DataFrame, metric: str, colors: dict[st
     panel.grid(alpha=0.3)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=120, format="png")
+def save(figure: Figure, path: Path) -> None:
+    """As PNG; the figure is closed."""
+    replace_file(path, lambda part: figure.savefig(part, dpi=120, format="png"))
     plt.close(figure)
-    os.replace(part, path)
 
 
 @contextmanager
@@ -164,7 +162,7 @@ def drawing(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     figure = plt.figure(figsize=size, layout="constrained")
     try:
         yield figure
-        _save(figure, path)
+        save(figure, path)
     finally:
         plt.close(figure)
 
@@ -185,4 +183,4 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
             _memory_lines(axes, memory, mode, colors)
     first = frame.iloc[0]
     figure.suptitle(f"{first['group']}: {machine(first)}", fontsize=9)
-    _save(figure, path)
+    save(figure, path)

@@ -7,7 +7,7 @@ the parameters, so its numbers are compared up to a common factor.
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +24,14 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks import records
+from benchmarks.plot import save
 from bvpo_kernels import Unit, bvpo_loss, pack, segment_sum
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import AlphaEstimator, StepStats
 from bvpo_kernels.types import EMPTY, TRACE
 from train.config import RunConfig
 from train.devices import with_compute_dtype
+from train.files import replace_file
 from train.head import FusedHeadLM, build_policy
 from train.pairs import load_pairs
 
@@ -106,14 +108,8 @@ def measure(
                                 ("kappa", star.kappa)):  # fmt: skip
             measured.append({"mode": name, "unit": "all", "quantity": quantity, "value": value})
         lines = _known(path, dtype, len(chosen)) + [{**line, **where} for line in measured]
-        _write(pd.DataFrame(lines), path)
+        replace_file(path, functools.partial(pd.DataFrame(lines).to_csv, index=False))
     return read(path)
-
-
-def _write(frame: pd.DataFrame, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    frame.to_csv(part, index=False)
-    os.replace(part, path)
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
@@ -185,10 +181,7 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
     panels[3].invert_yaxis()
     panels[3].set_xlim(-0.02, 1.02)
     panels[3].set_title("a* and its 95 % interval", fontsize=10)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=120, format="png")
-    plt.close(figure)
-    os.replace(part, path)
+    save(figure, path)
 
 
 def main(

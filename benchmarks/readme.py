@@ -1,8 +1,7 @@
-"""Tables of results in README.md, between `<!-- NAME -->` and `<!-- /NAME -->`."""
+"""Tables of results in benchmarks/README.md, between `<!-- NAME -->` and `<!-- /NAME -->`."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ import pandas as pd
 from tabulate import tabulate
 
 from benchmarks import records
-from benchmarks.plot import OURS
+from train.files import replace_file
 
-README = records.ROOT / "README.md"
+README = records.ROOT / "benchmarks" / "README.md"
 # Error columns of the table: the outputs whose relative errors they show, of which a row has one.
 _ERRORS = {
     "logp": ("logprobs", "scores"),
@@ -21,8 +20,6 @@ _ERRORS = {
     "dW": ("dweight",),
     "gram": ("gram",),
 }
-# Of these the verdicts speak.
-_JUDGED = ("logp", "gram")
 _FIGURES = {"time": "time", "peak_memory": "memory"}
 
 
@@ -32,11 +29,11 @@ def cases(frame: pd.DataFrame) -> str:
     return records.markdown_table(frame[frame["row"].isin(timed)])
 
 
-def peers(frame: pd.DataFrame, stem: str = "benchmarks/results/peers") -> str:
-    """What the group "peers" shows: the two figures; per machine verdicts and a table per mode."""
+def peers(frame: pd.DataFrame, stem: str = "results/peers") -> str:
+    """What the group "peers" shows: the two figures; per machine a table per mode."""
     parts = [f"![{title} against T]({stem}-{name}.png)" for name, title in _FIGURES.items()]
     for _, of_machine in frame.groupby(list(records.MACHINE), sort=False):
-        parts += [_where(of_machine), "\n".join(verdicts(of_machine)), mode_tables(of_machine)]
+        parts += [_where(of_machine), mode_tables(of_machine)]
     return "\n\n".join(parts)
 
 
@@ -94,46 +91,6 @@ def _timed(frame: pd.DataFrame, case: str) -> dict[str, dict[str, float]]:
     return {row: found for row, found in numbers.items() if "time" in found}
 
 
-def verdicts(frame: pd.DataFrame) -> list[str]:
-    """Per dtype and mode, ours against the best other row, over all cases.
-
-    The best one may be another for time, for memory and for the error; naive is among them.
-    """
-    lines = []
-    for kind, of_mode in frame.groupby(_kinds(frame), sort=False):
-        cases = [_timed(of_mode, str(case)) for case in of_mode["case"].unique()]
-        cases = [rows for rows in cases if OURS in rows and len(rows) > 1]
-        parts = [_compare(cases, "time", "faster than every other row", "time")]
-        parts.append(_compare(cases, "peak_memory", "leanest", "memory"))
-        for name, outputs in _ERRORS.items():
-            if name in _JUDGED:
-                parts += [_compare(cases, f"relative_error:{o}", "closest to fp64", f"{name} error")
-                          for o in outputs]  # fmt: skip
-        if said := [part for part in parts if part]:
-            lines.append(f"- **{kind}**: {'; '.join(said)}.")
-    return lines
-
-
-def _compare(
-    cases: Sequence[Mapping[str, Mapping[str, float]]], metric: str, best: str, what: str
-) -> str:
-    """One quantity of ours as a share of that of the best other row; '' where nobody has it."""
-    shares: dict[str, list[float]] = {}
-    for rows in cases:
-        have = {row: found[metric] for row, found in rows.items() if metric in found}
-        ours = have.pop(OURS, None)
-        if ours is None or not have:
-            continue
-        rival = min(have, key=lambda row: have[row])
-        if have[rival] > 0:
-            shares.setdefault(rival, []).append(ours / have[rival])
-    if not shares:
-        return ""
-    said = ", ".join(f"{_span(found)} of {rival}'s" for rival, found in shares.items())
-    first = max(max(found) for found in shares.values()) < 1
-    return f"{best}, {what} {said}" if first else f"not the best everywhere in {what}: {said}"
-
-
 def _span(values: Sequence[float]) -> str:
     low, high = (f"{value:.2g}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
@@ -162,7 +119,7 @@ def stats_table(frame: pd.DataFrame) -> str:
     largest model, then the time relative to the step without statistics by trace length."""
     machines = frame.groupby(list(records.MACHINE), sort=False)
     tables = [_stats_of_machine(measured) for _, measured in machines]
-    return "\n\n".join([*tables, "![overhead and growth](benchmarks/results/stats.png)"])
+    return "\n\n".join([*tables, "![overhead and growth](results/stats.png)"])
 
 
 def _stats_of_machine(frame: pd.DataFrame) -> str:
@@ -245,6 +202,4 @@ def put(blocks: Mapping[str, str], path: Path = README) -> None:
         if not pattern.search(text):
             raise ValueError(f"{path.name}: expected <!-- {name} --> and <!-- /{name} -->")
         text = pattern.sub(lambda _, b=block, n=name: f"<!-- {n} -->\n{b}\n<!-- /{n} -->", text)  # type: ignore[misc]
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))

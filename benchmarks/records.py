@@ -17,6 +17,7 @@ from tabulate import tabulate
 
 import bvpo_kernels
 from benchmarks.registry import Case
+from train.files import replace_file
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -136,10 +137,7 @@ def in_order(records: Iterable[Record], cases: Sequence[str], rows: Sequence[str
 def write_csv(path: Path, records: Iterable[Record]) -> None:
     """Records with the columns of COLUMNS; the file appears at once or not at all."""
     frame = pd.DataFrame(list(records), columns=list(COLUMNS))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    frame.to_csv(part, index=False)
-    os.replace(part, path)
+    replace_file(path, lambda part: frame.to_csv(part, index=False))
 
 
 def read_csv(path: Path) -> pd.DataFrame:

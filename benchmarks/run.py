@@ -257,7 +257,7 @@ def show_table(name: str, out: Path | None = None) -> None:
 
 
 def write_readme() -> None:
-    """Put the results that have a place in README.md there, where they were measured."""
+    """Put the results that have a place in benchmarks/README.md there, where they were measured."""
     tables = {
         "logprobs": lambda path: readme.cases(records.read_csv(path)),
         "peers": lambda path: readme.peers(records.read_csv(path)),
@@ -293,8 +293,8 @@ def _parser(groups: Mapping[str, Group]) -> ArgumentParser:
     table = ArgumentParser(description="Print NAME.csv as a Markdown table.")
     table.add_argument("name", metavar="NAME", help="a group, or a group and suffix: NAME-quick")
     table.add_argument("--out", type=Path, help="folder of NAME.csv")
-    into = ArgumentParser(description="Put the tables of results into README.md.")
-    commands.add_subcommand("readme", into, help="put the tables of results into README.md")
+    into = ArgumentParser(description="Put the tables of results into benchmarks/README.md.")
+    commands.add_subcommand("readme", into, help="rewrite the tables of benchmarks/README.md")
     commands.add_subcommand("table", table, help="print results as a Markdown table: table NAME")
     return parser
 
