@@ -70,7 +70,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m mypy
 
 aot: $(STAMP)  ## compile every GPU kernel for sm_80, sm_90 and sm_100, without a GPU
-	$(PY) -m bvpo_kernels.kernels.aot
+	$(PY) -m benchmarks.aot
 
 bench: $(STAMP)  ## regenerate the benchmark tables
 	$(PY) -m benchmarks.run logprobs

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bvpo_kernels import backends, checks, ops  # noqa: F401  (ops registers the operators)
-from bvpo_kernels.derivatives import check_reverse_mode
-from bvpo_kernels.reference import packing as reference_packing
+from bvpo_kernels import backends, checks, ops
+from bvpo_kernels.ops.derivatives import check_reverse_mode
+from bvpo_kernels.oracles import packing as oracle
 from bvpo_kernels.types import IGNORE_INDEX, KINDS, PackedBatch, TokenPair, Unit
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -361,9 +361,9 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Te
     chosen = backends.choose(impl, lambda name: _no_segment_sum(name, device))
     if chosen == "reference":
         checks.cu_seqlens_values(cu_seqlens, values.shape[0])
-        return reference_packing.segment_sum(values, cu_seqlens)
+        return oracle.segment_sum(values, cu_seqlens)
     check_reverse_mode("segment_sum", values)
-    return torch.ops.bvpo.segment_sum(values, cu_seqlens, chosen)
+    return ops.segment_sum(values, cu_seqlens, chosen)
 
 
 def _no_segment_sum(backend: str, device: str) -> str:

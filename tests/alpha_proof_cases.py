@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bvpo_kernels import EMPTY, TRACE, TokenPair, Unit, bvpo_loss, pack, segment_sum
+from bvpo_kernels import TokenPair, Unit, bvpo_loss, pack, segment_sum
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import MARGINAL, Moments, StepStats
-from bvpo_kernels.types import PackedBatch
+from bvpo_kernels.types import EMPTY, TRACE, PackedBatch
 from train.alpha import kind_scale
 from train.head import FusedHeadLM
 

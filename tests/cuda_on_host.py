@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from bvpo_kernels.kernels.grad_stats import TILE, check_pair_reduce, gram_of_pair
+from bvpo_kernels.backends.triton.grad_stats import TILE, check_pair_reduce, gram_of_pair
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
-GRID = 3  # fewer blocks than rows: the grid is persistent
+GRID = 3  # fewer blocks than tiles: the grid is persistent
 
 
 @functools.cache
@@ -43,35 +43,9 @@ def _call(name, *values):
     getattr(_library(), name)(*map(_convert, values))
 
 
-def _aligned(*matrices):
-    return all(
-        m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices
-    )
-
-
 def _half(tensor):
     assert tensor.dtype in (torch.float32, torch.bfloat16)
     return int(tensor.dtype == torch.bfloat16)
-
-
-def forward_rows(z, target_T, count, state, row_start, column_start, *, bias_V=None, softcap=None,
-                 temperature=1.0, entropy=False, p=None):  # fmt: skip
-    del entropy  # always formed here
-    out = z if p is None else p
-    _call(
-        "rows_forward", z, z.stride(0), *z.shape, column_start, row_start, p, _half(out),
-        out.stride(0), bias_V, softcap or 0.0, 1.0 / temperature, target_T, count, state,
-        state.stride(0), int(_aligned(z, out)), GRID,
-    )  # fmt: skip
-
-
-def backward_rows(z, dz, target_T, count, upstream_T, coefficient_T, max_T, logsum_T, row_start,
-                  column_start, *, bias_V=None, softcap=None, temperature=1.0):  # fmt: skip
-    _call(
-        "rows_backward", z, z.stride(0), *z.shape, column_start, row_start, dz, _half(dz),
-        dz.stride(0), bias_V, softcap or 0.0, 1.0 / temperature, target_T, count, upstream_T,
-        coefficient_T, max_T, logsum_T, int(_aligned(z, dz)), GRID,
-    )  # fmt: skip
 
 
 def pair_reduce(tiles_KRD, total_RD, weights_K=None, add=False):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from bvpo_kernels import EMPTY, TRACE, TokenPair, Unit, bvpo_loss, pack, segment_sum
+from bvpo_kernels import TokenPair, Unit, bvpo_loss, pack, segment_sum
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import StepStats
-from bvpo_kernels.reference import grad_stats as oracle
-from bvpo_kernels.types import PackedBatch
+from bvpo_kernels.oracles import grad_stats as oracle
+from bvpo_kernels.types import EMPTY, TRACE, PackedBatch
 
 VOCAB = 97
 COMMON = {

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from bvpo_kernels import GradStats, TokenPair, Unit, linear_logprobs, lora_logprobs, pack
+from bvpo_kernels import GradStats, TokenPair, Unit, linear_logprobs, pack
 
 FILE = Path(__file__).with_suffix(".json")
 TOKENS, DIM, VOCAB, RANK = 37, 24, 301, 3
@@ -90,8 +90,8 @@ def dense(impl, dtype, need, option):
 
 def lora(dtype, need, workspace):
     hidden, weight, bias, low, lora_b, target, upstream = _tensors(dtype, need)
-    logprobs, entropy = lora_logprobs(
-        hidden, weight, target, low, lora_b, bias=bias, return_entropy=True,
+    logprobs, entropy = linear_logprobs(
+        hidden, weight, target, lora=(low, lora_b), bias=bias, return_entropy=True,
         workspace_bytes=workspace,
     )  # fmt: skip
     logprobs.backward(upstream)

@@ -15,9 +15,9 @@ def cuda_kernels():
     if DEVICE == "cuda":
         if backends.MISSING["cuda"]:
             pytest.skip(backends.MISSING["cuda"])
-        from bvpo_kernels.gpu import cuda_kernels
+        from bvpo_kernels.backends import cuda
 
-        return cuda_kernels
+        return cuda
     import cuda_on_host
 
     if cuda_on_host.COMPILER is None:

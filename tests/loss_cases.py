@@ -3,7 +3,7 @@
 import torch
 
 from bvpo_kernels.losses import LOSSES
-from bvpo_kernels.reference import losses as reference
+from bvpo_kernels.oracles import losses as reference
 
 ORACLES = {name: getattr(reference, spec.function.__name__) for name, spec in LOSSES.items()}
 # Every option away from its default, so that one which is dropped on the way shows.

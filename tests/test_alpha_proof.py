@@ -19,7 +19,6 @@ import mixing_cases
 import pytest
 import torch
 
-from bvpo_kernels import EMPTY, TRACE
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import (
     MARGINAL,
@@ -28,6 +27,7 @@ from bvpo_kernels.mixing import (
     alpha_star,
     mixing_weights,
 )
+from bvpo_kernels.types import EMPTY, TRACE
 from train.head import FusedHeadLM
 
 BATCH = 8

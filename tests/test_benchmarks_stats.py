@@ -9,7 +9,7 @@ import torch
 from benchmarks import ghost, proxies, readme, records, run, verify
 from benchmarks.groups import stats
 from benchmarks.registry import Case, why_not
-from bvpo_kernels import EMPTY, TRACE
+from bvpo_kernels.types import EMPTY, TRACE
 
 SIZES = {"B": 2, "D": 64, "V": 512}
 CASE = Case({"R": 8, "L": 2, **SIZES}, rounds=1)

@@ -1,19 +1,13 @@
 """Second derivatives and forward mode: right where they are served, refused where they are not."""
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import forward_ad
 
-from bvpo_kernels import (
-    GradStats,
-    TokenPair,
-    Unit,
-    linear_logprobs,
-    lora_logprobs,
-    pack,
-    segment_sum,
-)
-from bvpo_kernels.derivatives import once
+from bvpo_kernels import GradStats, TokenPair, Unit, linear_logprobs, pack, segment_sum
+from bvpo_kernels.ops.derivatives import once
 
 IMPLS = ("eager", "cpp", "triton")
 REFUSED = pytest.raises(NotImplementedError, match="second derivatives are not served")
@@ -58,7 +52,7 @@ def test_a_second_derivative_with_respect_to_the_upstream_is_refused(weight_grad
 def test_a_second_derivative_of_the_lora_head_is_refused():
     hidden, weight, _ = _head(weight_grad=False)
     low = torch.randn(5, 2, requires_grad=True)
-    logprobs = lora_logprobs(hidden, weight, torch.arange(5), low, torch.randn(11, 2))
+    logprobs = linear_logprobs(hidden, weight, torch.arange(5), lora=(low, torch.randn(11, 2)))
     with REFUSED:
         _differentiate_twice(logprobs, [hidden, low])
 
@@ -104,7 +98,7 @@ def test_segment_sum_has_derivatives_of_any_order(impl):
         (first,) = torch.autograd.grad(sums.pow(3).sum(), values, create_graph=True)
         return torch.autograd.grad(first.pow(3).sum(), values)[0]
 
-    plain = torch.stack([values[s:e].sum() for s, e in zip(bounds[:-1], bounds[1:], strict=True)])
+    plain = torch.stack([values[s:e].sum() for s, e in itertools.pairwise(bounds)])
     torch.testing.assert_close(
         penalty(segment_sum(values, bounds, impl=impl)), penalty(plain), rtol=1e-5, atol=1e-5
     )
@@ -132,11 +126,10 @@ def test_forward_mode_of_the_others_is_refused():
     with pytest.raises(NotImplementedError, match="segment_sum: forward-mode"):
         torch.func.jvp(lambda v: segment_sum(v, bounds), (values,), (values,))
     low, hidden = torch.randn(5, 2), torch.randn(5, 8)
-    with pytest.raises(NotImplementedError, match="lora_logprobs: forward-mode"):
+    weight, lora_b = torch.randn(11, 8), torch.randn(11, 2)
+    with pytest.raises(NotImplementedError, match="linear_logprobs: forward-mode"):
         torch.func.jvp(
-            lambda x: lora_logprobs(
-                hidden, torch.randn(11, 8), torch.arange(5), x, torch.randn(11, 2)
-            ),
+            lambda x: linear_logprobs(hidden, weight, torch.arange(5), lora=(x, lora_b)),
             (low,),
             (low,),
         )

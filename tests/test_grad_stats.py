@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from bvpo_kernels import EMPTY, IGNORE_INDEX, TRACE, Unit, linear_logprobs, pack
+from bvpo_kernels import IGNORE_INDEX, Unit, linear_logprobs, pack
 from bvpo_kernels.grad_stats import GradStats
-from bvpo_kernels.types import PackedBatch
+from bvpo_kernels.types import EMPTY, TRACE, PackedBatch
 from train.head import FusedHeadLM
 
 
@@ -244,12 +244,12 @@ def test_compile(mode):
 
 def test_small_tiles(monkeypatch):
     """Row tiles, column tiles and vocabulary tiles smaller than every layer."""
-    from bvpo_kernels.eager import grad_stats, logprobs
+    from bvpo_kernels.backends.eager import engine, grad_stats
 
     monkeypatch.setattr(grad_stats, "TILE_BYTES", 2000)
     monkeypatch.setattr(grad_stats, "MIN_TILE_ROWS", 5)
     monkeypatch.setattr(grad_stats, "PARTIAL_SUM", 7)
-    monkeypatch.setattr(logprobs, "TOKENS_PER_TILE", 9)
+    monkeypatch.setattr(engine, "TOKENS_PER_TILE", 9)
     policy = FusedHeadLM(cases.model(tied=True), workspace_bytes=20_000)
     units = cases.units()
     cases.assert_matches(cases.measure(policy, [units]), cases.oracle_gram(policy, units), 1e-10)

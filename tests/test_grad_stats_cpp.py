@@ -4,8 +4,8 @@ import pytest
 import torch
 from logprob_cases import Case
 
-from bvpo_kernels import backends
-from bvpo_kernels.grad_stats import ops  # noqa: F401  (registers the operators)
+from bvpo_kernels import backends, ops
+from bvpo_kernels.call import Call, Inputs
 from bvpo_kernels.testing import assert_accurate
 
 pytestmark = pytest.mark.skipif(bool(backends.MISSING["cpp"]), reason=backends.MISSING["cpp"])
@@ -18,7 +18,8 @@ GROUPS = [[0, 5], [5, 6], [6, 17], [17, 83], [83, 400]]
 def plan(kept: str, exact: bool = True, groups=GROUPS) -> tuple:
     sketch, kinds = {"": (0, 0), "sketch": (7, 0), "kinds": (0, 2)}[kept]
     kind = torch.arange(len(groups)) % 2
-    return torch.tensor(groups), kind, torch.tensor(3), 2, exact, sketch, kinds, 1
+    scored = torch.zeros(len(groups), dtype=torch.int64)  # found by `head`
+    return torch.tensor(groups), kind, torch.tensor(3), scored, 2, exact, sketch, kinds, 1
 
 
 def head(
@@ -30,17 +31,20 @@ def head(
     hidden, weight = (inputs[name].to(dtype or case.dtype) for name in ("hidden", "weight"))
     bias = inputs["bias"].to(dtype or case.dtype) if case.bias else None
     softcap = case.options.get("softcap")
-    options = (case.options.get("temperature", 1.0), softcap, -100, workspace)
-    logprobs, max_T, logsum, _, _ = torch.ops.bvpo.linear_logprobs_forward(
-        hidden, weight, inputs["target"], bias, *options, False, False,
-        impl if dtype is None else "eager",
+    call = Call(
+        case.options.get("temperature", 1.0), softcap, workspace_bytes=workspace,
+        impl=impl if dtype is None else "eager",
     )  # fmt: skip
-    upstream = inputs["upstream"].to(logprobs.dtype)
+    given = Inputs(hidden, weight, inputs["target"], bias)
+    *kept, _, _ = ops.linear_logprobs_forward(*given, *call, False)
+    upstream = inputs["upstream"].to(kept[0].dtype)
     ids = torch.tensor([0, 1, 17, case.vocab - 1]) if rows else None
-    results = torch.ops.bvpo.linear_logprobs_statistics(
-        upstream, hidden, weight, inputs["target"], bias, logprobs, max_T, logsum, *options,
-        impl if dtype is None else "eager", need_hidden, True, case.bias, ids, *plan,
-    )  # fmt: skip
+    ranges, kinds, seed, _, *rest = plan
+    scored = [int((inputs["target"][start:end] != -100).sum()) for start, end in ranges.tolist()]
+    plan = (ranges, kinds, seed, torch.tensor(scored), *rest)
+    results = ops.linear_logprobs_statistics(
+        upstream, *given, *kept, *call, need_hidden, True, case.bias, ids, *plan
+    )
     return dict(zip(RESULTS, results, strict=True))
 
 
@@ -126,15 +130,14 @@ def test_memory_does_not_grow_with_the_vocabulary_times_the_groups():
     groups = [[50 * g, 50 * g + 50] for g in range(8)]
     case = Case(400, 256, 40_000, torch.bfloat16)
     inputs = case.inputs()
-    saved = torch.ops.bvpo.linear_logprobs_forward(
-        inputs["hidden"], inputs["weight"], inputs["target"], None, 1.0, None, -100, 1 << 24,
-        False, False, "cpp",
-    )[:3]  # fmt: skip
+    given = Inputs(inputs["hidden"], inputs["weight"], inputs["target"])
+    options = Call(workspace_bytes=1 << 24, impl="cpp")
+    kept = ops.linear_logprobs_forward(*given, *options, False)[:7]
 
     def call():
-        results = torch.ops.bvpo.linear_logprobs_statistics(
-            inputs["upstream"], inputs["hidden"], inputs["weight"], inputs["target"], None, *saved,
-            1.0, None, -100, 1 << 24, "cpp", True, True, False, None, *plan("", groups=groups),
+        results = ops.linear_logprobs_statistics(
+            inputs["upstream"], *given, *kept, *options, True, True, False, None,
+            *plan("", groups=groups),
         )  # fmt: skip
         return dict(zip(RESULTS, results, strict=True))
 

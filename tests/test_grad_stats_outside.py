@@ -10,8 +10,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from bvpo_kernels import EMPTY, TRACE, TokenPair, Unit, pack
+from bvpo_kernels import TokenPair, Unit, pack
 from bvpo_kernels.grad_stats import GradStats
+from bvpo_kernels.types import EMPTY, TRACE
 from train.head import FusedHeadLM
 
 LENGTH, SAMPLES = 11, 6

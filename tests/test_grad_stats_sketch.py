@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bvpo_kernels.eager import grad_stats as eager
+from bvpo_kernels.backends.eager import grad_stats as eager
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.types import Unit
 from train.head import FusedHeadLM

@@ -4,9 +4,10 @@ import grad_stats_cases as cases
 import pytest
 import torch
 
-from bvpo_kernels import EMPTY, TRACE, Unit, pack
+from bvpo_kernels import Unit, pack
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import alpha_star
+from bvpo_kernels.types import EMPTY, TRACE
 from train.head import FusedHeadLM
 
 

@@ -1,37 +1,28 @@
-"""What the oracle suite does not reach: the kernels alone.
-
-Without a GPU, Triton's run through the interpreter and CUDA's compiled for the host.
-"""
+"""What the oracle suite does not reach: the Triton kernels alone, without a GPU interpreted."""
 
 import pytest
 import torch
-from host_kernels import DEVICE, cuda_kernels
+from host_kernels import DEVICE
 from logprob_cases import Case, compare, run
 
 from bvpo_kernels import backends
-from bvpo_kernels.eager.logprobs import Head, finish_rows
+from bvpo_kernels.backends import schedule
+from bvpo_kernels.backends.schedule import MAX, finish_rows
+from bvpo_kernels.call import Call, Head, Inputs, Kept, Need
 from bvpo_kernels.testing import assert_accurate, max_error
 
 if backends.MISSING["triton"]:
     pytest.skip(backends.MISSING["triton"], allow_module_level=True)
 
-from bvpo_kernels.gpu import logprobs as schedule
-from bvpo_kernels.kernels import configs, logprobs, logprobs_gemm, packing
+from bvpo_kernels.backends.triton import configs, engine, logprobs, logprobs_gemm, packing
+from bvpo_kernels.backends.triton.logprobs import Scored, Upstream
 
-
-@pytest.fixture(params=["triton", "cuda"])
-def rows(request):
-    """What has forward_rows and backward_rows."""
-    return logprobs if request.param == "triton" else cuda_kernels()
+PLAIN = Head(torch.zeros(1, 1))  # no bias, no softcap: the row kernels read nothing else of it
 
 
 def statistics(state, target_T, weight_VD):
     """logp, lse and entropy from a state [6, rows]."""
-    head = Head(weight_VD, None, 1.0, None)
-    result = finish_rows(
-        torch.float32, target_T, head, state[logprobs.MAX], state[logprobs.SUM],
-        state[logprobs.TARGET_Z], state[logprobs.TARGET_SLOPE], state[logprobs.WEIGHTED], None,
-    )  # fmt: skip
+    result = finish_rows(Head(weight_VD), target_T, state, entropy=True)
     return result.logprobs_T, result.max_T + result.logsum_T, result.entropy_T
 
 
@@ -52,24 +43,24 @@ def logits(num_rows=70, vocab=701, offset=0.0, scale=3.0):
 
 @pytest.mark.parametrize("widths", [[701], [300, 401], [1, 256, 443, 1]])
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
-def test_forward_rows_over_any_tiles(rows, widths, offset):
+def test_forward_rows_over_any_tiles(widths, offset):
     z, target_T = logits(26, offset=offset)
     state = logprobs.new_state(26, z.device)
     count = torch.tensor([26], dtype=torch.int32, device=DEVICE)
     start = 0
     for width in widths:
         tile = z[:, start : start + width].contiguous()
-        rows.forward_rows(tile, target_T, count, state, 0, start, entropy=True)
+        logprobs.forward_rows(tile, Scored(target_T, count), state, (0, start), PLAIN, entropy=True)
         start += width
     got = statistics(state, target_T, torch.zeros(701, 1))
     for value, expected in zip(got, oracle(z, target_T), strict=True):
         assert max_error(value, expected) <= 2e-6 * max(1.0, float(expected.abs().max()))
 
 
-# The longer ones are ten of CUDA's steps, the last of them ragged; the odd one has no 16-byte rows.
-@pytest.mark.parametrize("vocab", [640, 20_008, 18_435])
+# Blocks of the interpreter are of 256 columns: two whole ones and a half, and an odd one.
+@pytest.mark.parametrize("vocab", [640, 513])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_p_and_dz_lie_over_the_products(rows, dtype, vocab):
+def test_p_and_dz_lie_over_the_products(dtype, vocab):
     """In place in half precision: a block is written over what has been read already."""
     z, target_T = logits(66, vocab=vocab)
     count = torch.tensor([60], dtype=torch.int32, device=DEVICE)
@@ -77,10 +68,10 @@ def test_p_and_dz_lie_over_the_products(rows, dtype, vocab):
     one_hot = torch.nn.functional.one_hot(target_T, vocab).bool()
 
     over, state = z.clone(), logprobs.new_state(66, z.device)
-    p = schedule._over(over, dtype)
+    p = engine.over(over, dtype)
     assert p.data_ptr() == over.data_ptr()
-    rows.forward_rows(over, target_T, count, state, 0, 0, p=p)
-    expected = torch.exp(z.double() - state[logprobs.MAX][:, None].double())
+    logprobs.forward_rows(over, Scored(target_T, count), state, (0, 0), PLAIN, p=p)
+    expected = torch.exp(z.double() - state[MAX][:, None].double())
     expected = expected.masked_fill(one_hot, 0)
     expected[60:] = 0
     assert max_error(p, expected) <= torch.finfo(dtype).eps
@@ -90,11 +81,9 @@ def test_p_and_dz_lie_over_the_products(rows, dtype, vocab):
     logp, lse = oracle(z, target_T)[:2]
     coefficient = (-torch.expm1(logp)).float() * upstream
     over = z.clone()
-    dz = schedule._over(over, dtype)
-    rows.backward_rows(
-        over, dz, target_T, count, upstream, coefficient, torch.zeros_like(upstream), lse.float(),
-        0, 0,
-    )  # fmt: skip
+    dz = engine.over(over, dtype)
+    values = Upstream(upstream, coefficient, torch.zeros_like(upstream), lse.float())
+    logprobs.backward_rows(over, dz, Scored(target_T, count), values, (0, 0), PLAIN)
     expected = (one_hot.double() - probabilities) * upstream[:, None].double()
     expected[60:] = 0
     # exp of the difference of numbers near 10 loses their last digit.
@@ -103,13 +92,13 @@ def test_p_and_dz_lie_over_the_products(rows, dtype, vocab):
     assert dz[3].abs().sum() == 0
 
 
-def test_rows_behind_the_count_are_not_read(rows):
+def test_rows_behind_the_count_are_not_read():
     z, target_T = logits(40)
     z[30:] = float("nan")
     target_T[30:] = 10**9
     state = logprobs.new_state(40, z.device)
     count = torch.tensor([130], dtype=torch.int32, device=DEVICE)
-    rows.forward_rows(z, target_T, count, state, 100, 0)
+    logprobs.forward_rows(z, Scored(target_T, count), state, (100, 0), PLAIN)
     assert not state.isnan().any()
     assert torch.equal(state[:, 30:], logprobs.new_state(10, z.device))
     got = statistics(state[:, :30], target_T[:30], torch.zeros(701, 1))[0]
@@ -131,7 +120,9 @@ def test_fused_forward_on_ragged_tiles(monkeypatch, tma, tokens, dim, vocab):
     target_T[0], target_T[-1] = 0, vocab - 1
     state = logprobs.new_state(tokens, hidden.device)
     count = torch.tensor([tokens - 2], dtype=torch.int32)
-    logprobs_gemm.fused_forward(hidden, weight, target_T, count, state, 0, entropy=True)
+    logprobs_gemm.fused_forward(
+        hidden, Head(weight), Scored(target_T, count), state, 0, entropy=True
+    )
     assert torch.equal(state[:, -2:], logprobs.new_state(2, hidden.device))
     scored = slice(0, tokens - 2)
     got = statistics(state[:, scored], target_T[scored], weight)
@@ -166,13 +157,11 @@ def test_products_stop_at_the_bound_on_scored_rows(monkeypatch, need, workspace)
     inputs = Case(100, 16, 700, ignored=0.0).inputs()
     inputs["target"][torch.arange(100) % 10 != 3] = -100
     work = []
-    monkeypatch.setattr(
-        schedule, "mm", lambda a, b: (work.append(a.numel() * b.shape[1]), a @ b)[1]
-    )
+    monkeypatch.setattr(engine, "mm", lambda a, b: (work.append(a.numel() * b.shape[1]), a @ b)[1])
     fused = logprobs_gemm.fused_forward
     monkeypatch.setattr(
         logprobs_gemm, "fused_forward",
-        lambda h, w, *a, **k: (work.append(h.numel() * len(w)), fused(h, w, *a, **k)),
+        lambda h, head, *a, **k: (work.append(h.numel() * head.vocab), fused(h, head, *a, **k)),
     )  # fmt: skip
     run(inputs, "triton", need, workspace_bytes=workspace)
     free = sum(work)
@@ -183,12 +172,12 @@ def test_products_stop_at_the_bound_on_scored_rows(monkeypatch, need, workspace)
 
 def test_tile_fits_the_workspace():
     for tokens, vocab, workspace in ((8192, 151936, 2**30), (100000, 50257, 2**27), (7, 33, 2**20)):
-        tile = schedule._tile(tokens, vocab, workspace, 4096 * 6, 4096 * 4)
+        tile = engine.fit(tokens, vocab, workspace, 4096 * 6, 4096 * 4)
         used = tile.tokens * (tile.columns * 4 + 4096 * 6) + tile.columns * 4096 * 4
         assert used <= workspace
-        assert tile.columns == vocab or tile.columns % schedule.COLUMN_STEP == 0
+        assert tile.columns == vocab or tile.columns % engine.COLUMN_STEP == 0
     # One GEMM of useful width even where the workspace is small.
-    assert schedule._tile(8192, 151936, 2**27, 4096 * 2, 0).columns >= schedule.MIN_COLUMNS
+    assert engine.fit(8192, 151936, 2**27, 4096 * 2, 0).columns >= engine.MIN_COLUMNS
 
 
 def test_near_certain_target_in_one_column_tile():
@@ -233,23 +222,18 @@ def test_rows_move_there_and_back(columns):
     assert torch.equal(out.nan_to_num(7.0), moved.bfloat16().nan_to_num(7.0))
 
 
-def test_softcap_bias_and_tiles_of_a_schedule(rows):
+def test_softcap_bias_and_tiles_of_a_schedule():
     """The whole schedule over the kernels, small tiles in both directions."""
     case = Case(45, 16, 401, bias=True, options={"softcap": 3.0, "temperature": 1.3})
-    kernels = schedule.RowKernels(rows.forward_rows, rows.backward_rows)
     inputs = {name: tensor.to(DEVICE) for name, tensor in case.inputs().items()}
-    hidden, weight, target = inputs["hidden"], inputs["weight"], inputs["target"]
-    options = (inputs["bias"], 1.3, 3.0, -100, 1 << 14)
-    logprobs_T, max_T, logsum_T, entropy_T, unit_TD = schedule.forward(
-        hidden, weight, target, *options, True, True, kernels=kernels
-    )
+    given = Inputs(*(inputs[name] for name in ("hidden", "weight", "target", "bias")))
+    call = Call(1.3, 3.0, workspace_bytes=1 << 14, need_entropy=True, impl="triton")
+    logprobs_T, *kept, entropy_T, unit_TD = schedule.forward(engine.TritonEngine(given, call), True)
     upstream = inputs["upstream"]
-    grads = schedule.backward(
-        upstream, hidden, weight, target, options[0], logprobs_T, max_T, logsum_T, *options[1:],
-        True, True, True, kernels=kernels,
-    )  # fmt: skip
-    got = {"logprobs": logprobs_T, "entropy": entropy_T, "dhidden": grads[0]}
-    got |= {"dweight": grads[1], "dbias": grads[2]}
+    running = engine.TritonEngine(given, call, Kept(logprobs_T, *kept), upstream)
+    grads = schedule.backward(running, Need(True, True, True))
+    got = {"logprobs": logprobs_T, "entropy": entropy_T, "dhidden": grads.hidden_TD}
+    got |= {"dweight": grads.weight_VD, "dbias": grads.bias_V}
     oracle = run(inputs, "reference", dtype=torch.float64, **case.options)
     naive = run(inputs, "reference", **case.options)
     for name, value in got.items():

@@ -12,9 +12,17 @@ from bvpo_kernels import backends
 if backends.MISSING["triton"]:
     pytest.skip(backends.MISSING["triton"], allow_module_level=True)
 
-from bvpo_kernels.kernels import aot, configs, grad_stats, logprobs, logprobs_gemm, packing, tail
+from benchmarks import aot
+from bvpo_kernels.backends.triton import (
+    configs,
+    grad_stats,
+    lists,
+    logprobs,
+    logprobs_gemm,
+    packing,
+)
 
-MODULES = (grad_stats, logprobs, logprobs_gemm, packing, tail)
+MODULES = (grad_stats, logprobs, logprobs_gemm, packing, lists)
 GOOD = aot.Report("kernel", 90, 64, 0, 1024, "HGMMA", matrix=True)
 
 
@@ -58,7 +66,7 @@ def test_the_table_and_its_gates(capsys):
 
 BROKEN = """
 import json
-from bvpo_kernels.kernels import aot
+from benchmarks import aot
 
 cases = {case.name: case for case in aot.cases(80)}
 rows = cases["rows backward, bf16"]

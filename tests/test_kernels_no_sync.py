@@ -1,61 +1,26 @@
 """What makes a host wait for a GPU is not in the GPU path, as far as that shows without a GPU.
 
-The source has none of the calls that read a tensor's values, and a run on CPU tensors dispatches
-none of the operators behind them. On a GPU `tests/test_kernels_gpu.py` lets CUDA itself say so.
+A run on CPU tensors dispatches none of the operators that read a tensor's values. On a GPU
+`tests/test_kernels_gpu.py` lets CUDA itself say so.
 """
 
-import ast
 import functools
-from pathlib import Path
 
 import pytest
 import torch
 from logprob_cases import Case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bvpo_kernels
 from bvpo_kernels import backends
+from bvpo_kernels.call import Call, Inputs, Kept, Need
+from bvpo_kernels.ops.head import SERVING
 
-PACKAGE = Path(bvpo_kernels.__file__).parent
-# Schedules, launchers, and what they call in every pass. aot.py is a command-line tool.
-SOURCES = [
-    *sorted((PACKAGE / "gpu").glob("*.py")),
-    *sorted(path for path in (PACKAGE / "kernels").glob("*.py") if path.name != "aot.py"),
-]
-READING = {
-    "item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique",
-    "unique_consecutive", "bincount", "equal", "allclose", "is_nonzero", "synchronize",
-}  # fmt: skip
 # Operators whose result, or its size, the host must know.
 WAITING = {
     "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::argwhere",
     "aten::masked_select", "aten::_unique", "aten::_unique2", "aten::unique_dim",
     "aten::unique_consecutive", "aten::bincount", "aten::equal", "aten::allclose",
 }  # fmt: skip
-
-
-def reading_calls(source: str) -> list[str]:
-    """Calls in `source` that read a tensor's values: by name, and `.to("cpu")`."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-            continue
-        name = node.func.attr
-        texts = [a.value for a in node.args if isinstance(a, ast.Constant)]
-        if name in READING or (name == "to" and "cpu" in texts):
-            found.append(f"line {node.lineno}: {name}")
-    return found
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_no_call_reads_values(path):
-    assert reading_calls(path.read_text()) == []
-
-
-def test_the_search_finds_what_it_is_for():
-    source = "a.item(); b[a.nonzero()]; c.to('cpu'); c.to(torch.int64); torch.equal(a, b)"
-    found = sorted(line.rpartition(" ")[2] for line in reading_calls(source))
-    assert found == ["equal", "item", "nonzero", "to"]
 
 
 class NoWaiting(TorchDispatchMode):
@@ -85,46 +50,33 @@ def test_the_mode_raises_on_what_waits(call):
         call(torch.ones(3))
 
 
-def _head(need_unit, weight_too, workspace, max_scored=None):
-    from bvpo_kernels.gpu import logprobs as schedule
-    from bvpo_kernels.kernels import logprobs as rows
-
-    case = Case(30, 16, 1100, torch.bfloat16, bias=True).inputs()
-    hidden, weight, target, bias = (case[k] for k in ("hidden", "weight", "target", "bias"))
-    head = (hidden, weight, target, bias if weight_too else None)
-    options = (1.3, 5.0 if weight_too else None, -100, workspace)
-    kernels = schedule.RowKernels(rows.forward_rows, rows.backward_rows)
+def _run(case, call, unit, need):
+    """Below the operators, inside of which a mode sees nothing."""
+    serving = SERVING["triton"]
+    inputs = Inputs(*(case.get(name) for name in ("hidden", "weight", "target", "bias")))
     with NoWaiting():
-        logp, top, logsum, _, _ = schedule.forward(
-            *head, *options, True, need_unit, kernels=kernels, max_scored=max_scored
-        )
-        if weight_too:
-            schedule.backward(
-                case["upstream"], *head, logp, top, logsum, *options, True, True, True,
-                kernels=kernels, max_scored=max_scored,
-            )  # fmt: skip
+        *kept, _, _ = serving.forward(inputs, call, unit)
+        if any(need):
+            serving.backward(case["upstream"], inputs, Kept(*kept), call, Need(*need))
+
+
+def _head(unit, weight_too, workspace, max_scored=None):
+    case = Case(30, 16, 1100, torch.bfloat16, bias=weight_too).inputs()
+    softcap = 5.0 if weight_too else None
+    call = Call(
+        1.3, softcap, -100, workspace, max_scored, need_entropy=True, impl="triton"
+    )  # fmt: skip
+    _run(case, call, unit, (weight_too,) * 3)
 
 
 def _sparse():
-    from bvpo_kernels.gpu import logprobs as schedule
-    from bvpo_kernels.gpu import tail
-    from bvpo_kernels.kernels import logprobs as rows
-
     case = Case(12, 16, 300, scale=6.0).inputs()
-    head = (case["hidden"], case["weight"], case["target"], None)
-    kernels = schedule.RowKernels(rows.forward_rows, rows.backward_rows)
-    with NoWaiting():
-        logp, top, logsum, _, *lists = tail.forward(
-            *head, 1.0, None, -100, 1 << 16, 2**-5, 8, 64, False, kernels=kernels
-        )
-        tail.backward(
-            case["upstream"], *head, logp, top, logsum, *lists, 1.0, None, -100, 1 << 16, 2**-5,
-            True, True, False, kernels=kernels,
-        )  # fmt: skip
+    call = Call(workspace_bytes=1 << 16, tail_tolerance=2**-5, impl="triton")
+    _run(case, call, False, (True, True, False))
 
 
 def _sums():
-    from bvpo_kernels.kernels import grad_stats, packing
+    from bvpo_kernels.backends.triton import grad_stats, packing
 
     bounds = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
     with NoWaiting():

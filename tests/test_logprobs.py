@@ -7,7 +7,8 @@ import torch
 from logprob_cases import Case, compare, run, with_options
 
 from bvpo_kernels import backends, linear_logprobs
-from bvpo_kernels.eager.logprobs import cpu_multiplies
+from bvpo_kernels.backends.eager.engine import cpu_multiplies
+from bvpo_kernels.call import Call, Inputs
 from bvpo_kernels.testing import assert_accurate, max_error
 
 # Those that take CPU tensors here; tests/test_kernels_gpu.py is for the others.
@@ -351,17 +352,14 @@ def test_opcheck(impl):
     inputs = Case(9, 8, 33, bias=True).inputs()
     hidden, weight, bias = (inputs[k].requires_grad_() for k in ("hidden", "weight", "bias"))
     target = inputs["target"]
+    call = Call(0.9, 4.0, -100, 4096, need_entropy=True, impl=impl)
     for unit in (False, True):
         fixed = [p.detach() if unit else p for p in (weight, bias)]
-        args = (hidden, fixed[0], target, fixed[1], 0.9, 4.0, -100, 4096, True, unit, impl)
+        args = (*Inputs(hidden, fixed[0], target, fixed[1]), *call, unit)
         torch.library.opcheck(torch.ops.bvpo.linear_logprobs_forward, args)
-    logprobs, maximum, logsum, *_ = (
-        t.detach() for t in torch.ops.bvpo.linear_logprobs_forward(*args)
-    )
-    args = (
-        inputs["upstream"], hidden.detach(), weight.detach(), target, bias.detach(), logprobs,
-        maximum, logsum, 0.9, 4.0, -100, 4096, True, True, True, impl,
-    )  # fmt: skip
+    kept = [t.detach() for t in torch.ops.bvpo.linear_logprobs_forward(*args)][:7]
+    given = Inputs(hidden.detach(), weight.detach(), target, bias.detach())
+    args = (inputs["upstream"], *given, *kept, *call, True, True, True)
     torch.library.opcheck(torch.ops.bvpo.linear_logprobs_backward, args)
 
 

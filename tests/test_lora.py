@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bvpo_kernels.lora import lora_logprobs
-from bvpo_kernels.reference import logprobs as reference
+from bvpo_kernels import linear_logprobs
+from bvpo_kernels.call import Call
+from bvpo_kernels.oracles import logprobs as reference
 from bvpo_kernels.testing import assert_accurate
 
 # Ragged, more tokens than rank, several tiles of both tokens and vocabulary with a small workspace.
@@ -35,9 +36,10 @@ def inputs(dtype, frozen=False):
 
 def inside(values, target, **options):
     low = SCALE * (values["hidden"] @ values["a"].T)
-    return lora_logprobs(
-        values["hidden"], values["weight"], target, low, values["b"], bias=values["bias"], **options
-    )
+    return linear_logprobs(
+        values["hidden"], values["weight"], target, lora=(low, values["b"]), bias=values["bias"],
+        **options,
+    )  # fmt: skip
 
 
 def dense(values, target, **options):
@@ -108,11 +110,10 @@ def test_only_what_is_needed_is_returned_and_nothing_is_scored_for_free():
 def test_opcheck_and_compile():
     values, target = inputs(torch.float32)
     low = (values["hidden"] @ values["a"].T).detach().requires_grad_()
-    args = (
-        values["hidden"], low, values["weight"], values["b"], target, values["bias"], 0.7, None,
-        -100, 2**20, True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.bvpo.lora_logprobs_forward.default, args)
+    inputs_ = (values["hidden"], values["weight"], target, values["bias"], low, values["b"])
+    call = Call(0.7, workspace_bytes=2**20, need_entropy=True)
+    op = torch.ops.bvpo.linear_logprobs_forward.default
+    torch.library.opcheck(op, (*inputs_, *call, False))
     compiled = torch.compile(inside, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(values, target), inside(values, target))
 
@@ -121,11 +122,28 @@ def test_errors():
     values, target = inputs(torch.float32)
     hidden, weight, b = values["hidden"], values["weight"], values["b"]
     low = hidden @ values["a"].T
-    with pytest.raises(ValueError, match=r"low: expected shape \[37, R\]"):
-        lora_logprobs(hidden, weight, target, low[:-1], b)
-    with pytest.raises(ValueError, match=r"lora_b: expected shape \[211, R\]"):
-        lora_logprobs(hidden, weight, target, low, b[:, :1])
-    with pytest.raises(TypeError, match="low: expected the dtype of hidden"):
-        lora_logprobs(hidden, weight, target, low.double(), b)
+    for lora, error, match in (
+        ((low[:-1], b), ValueError, r"lora\[0\]: expected shape \[37, R\]"),
+        ((low, b[:, :1]), ValueError, r"lora\[1\]: expected shape \[211, R\]"),
+        ((low.double(), b), TypeError, r"lora\[0\]: expected the dtype of hidden"),
+    ):
+        with pytest.raises(error, match=match):
+            linear_logprobs(hidden, weight, target, lora=lora)
     with pytest.raises(ValueError, match="target: expected values in"):
-        lora_logprobs(hidden, weight, target + V, low, b)
+        linear_logprobs(hidden, weight, target + V, lora=(low, b))
+    with pytest.raises(ValueError, match="impl: 'cpp' cannot serve this call: it has no LoRA"):
+        linear_logprobs(hidden, weight, target, lora=(low, b), impl="cpp")
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_other_backends_serve_it(impl, frozen):
+    """The adapter lies beside the weight in every engine, with a bound on the scored rows too."""
+    values, target = inputs(torch.float32, frozen)
+    options = {"workspace_bytes": 40_000, "max_scored": T - 3, "softcap": 3.0}
+    got = inside(values, target, impl=impl, **options)
+    want = inside(values, target, impl="eager", **options)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    expected = gradients(want, values)
+    for name, gradient in gradients(got, values).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)

@@ -9,7 +9,7 @@ from loss_cases import OPTIONS, ORACLES, fp64
 
 from bvpo_kernels import TokenPair, Unit, bvpo_loss, losses, pack
 from bvpo_kernels.losses import LOSSES
-from bvpo_kernels.reference import losses as reference
+from bvpo_kernels.oracles import losses as reference
 from bvpo_kernels.types import EMPTY, KINDS, TRACE
 
 

@@ -32,7 +32,7 @@ from bvpo_kernels.mixing import (
 )
 from bvpo_kernels.mixing.moments import moment_values
 from bvpo_kernels.mixing.optimum import t_quantile
-from bvpo_kernels.reference import mixing as oracle
+from bvpo_kernels.oracles import mixing as oracle
 
 THREE = ("trace", "empty", "marginal")
 

@@ -8,7 +8,7 @@ import torch
 from mixing_cases import KINDS, many_stats, population, stats, with_optimum, without_rows
 
 from bvpo_kernels.mixing import AlphaEstimator, StepStats, alpha_star, unbiased
-from bvpo_kernels.reference import mixing as oracle
+from bvpo_kernels.oracles import mixing as oracle
 
 
 def two_numbers(t, e):

@@ -7,7 +7,7 @@ import torch
 from mixing_cases import population, stats
 
 from bvpo_kernels.mixing import minimise_on_simplex, mixing_weights, mse_matrix, unbiased
-from bvpo_kernels.reference.mixing import simplex_grid
+from bvpo_kernels.oracles.mixing import simplex_grid
 
 
 def random_matrix(n, seed, rank=None, indefinite=False):

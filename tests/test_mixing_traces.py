@@ -8,7 +8,7 @@ import torch
 from mixing_cases import KINDS, many_stats, population
 
 from bvpo_kernels.mixing import StepStats, anova, combine, importance_weights, within_unit
-from bvpo_kernels.reference import mixing as oracle
+from bvpo_kernels.oracles import mixing as oracle
 
 # A space of three traces: proposal q(r | x, y), joint pi(r, y | x) and a gradient of one parameter.
 PROPOSAL = torch.tensor([0.5, 0.3, 0.2]).double()

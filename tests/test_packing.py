@@ -9,17 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bvpo_kernels import (
-    PackedBatch,
-    TokenPair,
-    Unit,
-    backends,
-    pack,
-    plan_packs,
-    segment_sum,
-    unpack,
-)
-from bvpo_kernels.packing import validate, validate_cu_seqlens
+from bvpo_kernels import PackedBatch, TokenPair, Unit, backends, pack, segment_sum
+from bvpo_kernels.packing import plan_packs, unpack, validate, validate_cu_seqlens
 from bvpo_kernels.testing import max_error, ulp
 from bvpo_kernels.types import EMPTY, IGNORE_INDEX, TRACE
 

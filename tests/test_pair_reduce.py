@@ -6,7 +6,6 @@ import torch
 from host_kernels import DEVICE, cuda_kernels
 
 from bvpo_kernels import backends
-from bvpo_kernels.grad_stats import ops  # noqa: F401  (registers the operator)
 from bvpo_kernels.testing import assert_accurate
 
 IMPLS = ("eager", "cpp", "triton", "cuda")

@@ -98,12 +98,10 @@ class FusedHeadLM(nn.Module):
 
     def _head_logprobs(self, hidden_TD: Tensor, target_T: Tensor, max_scored: int | None) -> Tensor:
         head = read_head(self.model.get_output_embeddings(), type(self.model).__name__)
-        # LoRA on the head has the exact backward only.
-        tail = {} if head.adapters else {"tail_tolerance": self.tail_tolerance}
         logprobs_T, _ = head.logprobs(
             hidden_TD, target_T, return_entropy=False, temperature=self.transform.temperature,
             softcap=self.transform.softcap, workspace_bytes=self.workspace_bytes,
-            impl=self.backend, max_scored=max_scored, **tail,
+            impl=self.backend, max_scored=max_scored, tail_tolerance=self.tail_tolerance,
         )  # fmt: skip
         return logprobs_T
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bvpo_kernels.logprobs import linear_logprobs
+from bvpo_kernels.head.api import linear_logprobs
 from bvpo_kernels.types import IGNORE_INDEX, PackedBatch
 
 if TYPE_CHECKING:  # the measured process needs neither the model nor transformers

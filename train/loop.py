@@ -15,9 +15,9 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bvpo_kernels.head import Certificate, tail_certificates
 from bvpo_kernels.losses import LOSSES
 from bvpo_kernels.mixing import MARGINAL
-from bvpo_kernels.tail import Certificate, tail_certificates
 from bvpo_kernels.types import BVPOLoss, Unit
 from train import head_memory, online, parallel, reference, report
 from train.adapters import save_adapter

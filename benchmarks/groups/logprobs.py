@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row
 from bvpo_kernels import IGNORE_INDEX, linear_logprobs
 from bvpo_kernels.backends import MISSING
-from bvpo_kernels.reference import logprobs as reference
+from bvpo_kernels.oracles import logprobs as reference
 from train.devices import multiplies_bf16
 
 WEIGHT_STD = 0.02

@@ -19,8 +19,9 @@ from benchmarks import plot, token_profiles
 from benchmarks.groups import logprobs
 from benchmarks.groups.logprobs import Inputs
 from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row
-from bvpo_kernels import linear_logprobs, tail_certificates
+from bvpo_kernels import linear_logprobs
 from bvpo_kernels.backends import MISSING
+from bvpo_kernels.head import tail_certificates
 
 EXPONENTS = range(5, 13)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.registry import Call, Case, Gate, Outputs, Row, why_not
-from bvpo_kernels import EMPTY, TRACE, GradStats, PackedBatch, TokenPair, Unit, pack
+from bvpo_kernels import GradStats, PackedBatch, TokenPair, Unit, pack
+from bvpo_kernels.types import EMPTY, TRACE
 
 MODE = "stats"
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bvpo_kernels import scope
-from bvpo_kernels.eager.grad_stats import Plan, kept_shape
-from bvpo_kernels.eager.logprobs import accumulate_dtype
+from bvpo_kernels.backends.eager.grad_stats import kept_shape
+from bvpo_kernels.call import Call, Inputs, Plan, accumulate_dtype
 from bvpo_kernels.grad_stats import layers as grouped
 from bvpo_kernels.grad_stats.combine import MicroBatchStats, combine
 from bvpo_kernels.grad_stats.coverage import Coverage, Layout, lay_out
 from bvpo_kernels.grad_stats.layers import Collection, Layer
+from bvpo_kernels.head import scope
 from bvpo_kernels.mixing import StepStats
 from bvpo_kernels.types import PackedBatch
 
@@ -186,9 +186,8 @@ class GradStats:
         self._close(batch, collection, scales, before, counted)
 
     def head_logprobs(
-        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
-        owner: tuple[Any, Any], options: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        self, inputs: Inputs, call: Call, owner: tuple[Any, Any]
+    ) -> tuple[Tensor, Tensor] | None:
         """For `linear_logprobs`: log-probabilities and entropies with statistics in the backward.
 
         None in mode "norm". `owner`: weight and bias before casts.
@@ -198,14 +197,12 @@ class GradStats:
         """
         if self.mode == "norm":
             return None
-        if options[-1] == "reference":
+        if call.impl == "reference":
             raise ValueError("impl: 'reference' cannot serve this call: it measures no gradients")
         for layer in self._layout.heads:
             module: Any = layer.module
             if module.weight is owner[0] and (owner[1] is None or module.bias is owner[1]):
-                return grouped.head_logprobs(
-                    layer, _running(), hidden, weight, target, bias, options
-                )
+                return grouped.head_logprobs(layer, _running(), inputs, call)
         if not self.strict:
             return None
         raise ValueError(
@@ -300,6 +297,7 @@ class GradStats:
             ranges_G2=ranges_G2,
             kinds_G=kinds_G,
             seed=torch.tensor(self.seed * 1_000_003 + self._step),
+            scored_G=_scored(batch, ranges_G2),
             num_layers=layout.num_layers,
             exact=self.mode == "exact",
             sketch=self.sketch_size,
@@ -378,6 +376,14 @@ def _leaf(plan: Plan, parameter: Tensor, device: torch.device) -> Tensor | None:
         return None
     zero = torch.zeros((), dtype=accumulate_dtype(parameter.dtype), device=device)
     return zero.expand(kept_shape(plan, tuple(parameter.shape))).requires_grad_()
+
+
+def _scored(batch: PackedBatch, ranges_G2: Tensor) -> Tensor:
+    """Scored rows of each group."""
+    ends_S = batch.cu_seqlens[1:].cpu().long()
+    before_S = torch.cat([ends_S.new_zeros(1), batch.scored_lengths_S.cpu().cumsum(0)])
+    first_G2 = torch.searchsorted(ends_S, ranges_G2, right=True)
+    return before_S[first_G2[:, 1]] - before_S[first_G2[:, 0]]
 
 
 def _scales(batch: PackedBatch, kind_scale: Mapping[str, float] | None) -> tuple[float, ...]:

@@ -7,18 +7,16 @@ graph, in another thread. A forward hook could not tell a recomputation from a s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bvpo_kernels import ops as _bvpo_ops  # noqa: F401  (defines the library)
-from bvpo_kernels.derivatives import once
-from bvpo_kernels.eager.grad_stats import Plan
-from bvpo_kernels.eager.logprobs import accumulate_dtype
-from bvpo_kernels.grad_stats import ops  # noqa: F401  (registers the operators)
+from bvpo_kernels import ops
+from bvpo_kernels.call import Call, Inputs, Kept, Plan, accumulate_dtype, cut
+from bvpo_kernels.ops.derivatives import once
 
 
 @dataclass
@@ -37,14 +35,6 @@ class Collection:
     kept: list[Tensor | None]
     rows_U: Tensor
     carrier_GUD: Tensor | None = None
-    static: tuple[int, bool, int, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        plan = self.plan
-        self.static = (plan.num_layers, plan.exact, plan.sketch, plan.num_kinds)
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.plan.ranges_G2, self.plan.kinds_G, self.plan.seed
 
     def check_tokens(self, name: str, leading: torch.Size) -> None:
         """The batch's tokens must be the first axis, or the second after one of size 1."""
@@ -82,8 +72,26 @@ def autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
-def _kept(collection: Collection, index: int | None) -> Tensor | None:
-    return None if index is None else collection.kept[index]
+class _Leaves(NamedTuple):
+    """What a layer's statistics become the gradients of; None where nothing is kept."""
+
+    record: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer: Layer, collection: Collection) -> _Leaves:
+        kept = [None if i is None else collection.kept[i] for i in (layer.weight, layer.bias)]
+        return cls(collection.record, *kept)
+
+    def present(self) -> tuple[bool, bool]:
+        return self.weight is not None, self.bias is not None
+
+
+def _given(ctx: Any, record: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
+    """The statistics as gradients of the leaves that are there."""
+    weighs, biased = ctx.kept
+    return record, weight if weighs else None, bias if biased else None
 
 
 def linear(layer: Layer, collection: Collection, x: Tensor) -> Tensor:
@@ -93,22 +101,25 @@ def linear(layer: Layer, collection: Collection, x: Tensor) -> Tensor:
     x, weight, bias = autocast(x.device.type, x, module.weight, module.bias)  # type: ignore
     carrier = collection.carrier_GUD if layer.tied else None
     return _Linear.apply(
-        x, weight, bias, collection.record, _kept(collection, layer.weight),
-        _kept(collection, layer.bias), carrier, collection.rows_U, *collection.tensors(),
-        (*collection.static, layer.index),
+        x, weight, bias, *_Leaves.of(layer, collection), carrier, collection.rows_U,
+        *collection.plan, layer.index,
     )  # fmt: skip
+
+
+def _split(plan_and_layer: tuple) -> tuple[list[Tensor], list[Any]]:
+    """The tensors of a plan, which autograd saves, and the rest, with the layer's index."""
+    return list(plan_and_layer[:4]), list(plan_and_layer[4:])
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, weight, bias, record, kept_weight, kept_bias, carrier, rows, ranges, kinds, seed,
-        static,
-    ):  # fmt: skip
-        ctx.save_for_backward(x, weight, rows, ranges, kinds, seed)
-        ctx.static = static
-        ctx.carried = carrier is not None
-        ctx.kept = (kept_weight is not None, kept_bias is not None)
+    def forward(ctx, *args):
+        x, weight, bias, leaves, carrier, rows, *plan = cut(
+            args, Tensor, Tensor, Tensor, _Leaves, Tensor, Tensor, Plan, int
+        )
+        tensors, ctx.static = _split((*plan[0], plan[1]))
+        ctx.save_for_backward(x, weight, rows, *tensors)
+        ctx.carried, ctx.kept = carrier is not None, leaves.present()
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -117,16 +128,14 @@ class _Linear(torch.autograd.Function):
         x, weight, rows, *tensors = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx = dy @ weight if need_x else None
-        dweight, dbias, record, kept_weight, kept_bias, drows = (
-            torch.ops.bvpo.grouped_linear_backward(
-                dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), need_weight, need_bias,
-                rows if ctx.carried else None, *tensors, *ctx.static,
-            )
+        dweight, dbias, record, kept_weight, kept_bias, drows = ops.grouped_linear_backward(
+            dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), need_weight, need_bias,
+            rows if ctx.carried else None, *tensors, *ctx.static,
         )  # fmt: skip
         return (
-            dx, dweight if need_weight else None, dbias if need_bias else None, record,
-            kept_weight if ctx.kept[0] else None, kept_bias if ctx.kept[1] else None,
-            drows if ctx.carried else None, *[None] * 5,
+            dx, dweight if need_weight else None, dbias if need_bias else None,
+            *_given(ctx, record, kept_weight, kept_bias), drows if ctx.carried else None,
+            *[None] * (len(ctx.needs_input_grad) - 7),
         )  # fmt: skip
 
 
@@ -135,80 +144,64 @@ def embedding(layer: Layer, collection: Collection, ids: Tensor) -> Tensor:
     collection.check_tokens(layer.name, ids.shape)
     module: Any = layer.module
     padding = -1 if module.padding_idx is None else module.padding_idx
-    common = (collection.record, _kept(collection, layer.weight), *collection.tensors())
-    static = (*collection.static, layer.index)
-    if not (layer.tied and collection.plan.exact):
-        return _Embedding.apply(ids, module.weight, padding, *common, static)
-    y, collection.carrier_GUD = _CarryingEmbedding.apply(
-        ids, module.weight, padding, collection.rows_U, *common, static
-    )
+    carries = layer.tied and collection.plan.exact
+    y, carrier = _Embedding.apply(
+        ids, module.weight, padding, *_Leaves.of(layer, collection), carries, collection.rows_U,
+        *collection.plan, layer.index,
+    )  # fmt: skip
+    if carries:
+        collection.carrier_GUD = carrier
     return y
 
 
-def _embedding_backward(ctx, dy, rows, drows, ids, tensors):
-    dweight, record, kept = torch.ops.bvpo.grouped_embedding_backward(
-        dy.reshape(-1, dy.shape[-1]), ids.flatten(), rows, drows, ctx.vocab, ctx.padding,
-        *tensors, *ctx.static,
-    )  # fmt: skip
-    return dweight, record, kept if ctx.kept else None
-
-
 class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, ids, weight, padding, record, kept, ranges, kinds, seed, static):
-        ctx.save_for_backward(ids, ranges, kinds, seed)
-        ctx.static, ctx.vocab, ctx.padding = static, weight.shape[0], padding
-        ctx.kept = kept is not None
-        return F.embedding(ids, weight)
+    """The second result's gradient is the tied head's share of the same rows, where it `carries`
+    any; without elements where not."""
 
     @staticmethod
-    @once
-    def backward(ctx, dy):
-        ids, *tensors = ctx.saved_tensors
-        dweight, record, kept = _embedding_backward(ctx, dy, None, None, ids, tensors)
-        return None, dweight, None, record, kept, *[None] * 4
-
-
-class _CarryingEmbedding(torch.autograd.Function):
-    """The tied embedding: its second result's gradient is the head's share of the same rows."""
-
-    @staticmethod
-    def forward(ctx, ids, weight, padding, rows, record, kept, ranges, kinds, seed, static):
-        ctx.save_for_backward(ids, rows, ranges, kinds, seed)
-        ctx.static, ctx.vocab, ctx.padding = static, weight.shape[0], padding
-        ctx.kept = kept is not None
+    def forward(ctx, *args):
+        ids, weight, padding, leaves, carries, rows, *plan = cut(
+            args, Tensor, Tensor, int, _Leaves, bool, Tensor, Plan, int
+        )
+        tensors, ctx.static = _split((*plan[0], plan[1]))
+        ctx.save_for_backward(ids, rows, *tensors)
+        ctx.size, ctx.carries, ctx.kept = (weight.shape[0], padding), carries, leaves.present()
         ctx.set_materialize_grads(False)
         zero = weight.new_zeros((), dtype=accumulate_dtype(weight.dtype))
-        carrier = zero.expand(ranges.shape[0], rows.shape[0], weight.shape[1])
-        return F.embedding(ids, weight), carrier
+        groups = plan[0].ranges_G2.shape[0]
+        shape = (groups, rows.shape[0], weight.shape[1]) if carries else (0,)
+        return F.embedding(ids, weight), zero.expand(shape)
 
     @staticmethod
     @once
     def backward(ctx, dy, drows):
         ids, rows, *tensors = ctx.saved_tensors
+        nothing = [None] * len(ctx.needs_input_grad)
         if dy is None:  # only the carrier was used, and it is zero
-            return (None,) * 10
-        dweight, record, kept = _embedding_backward(ctx, dy, rows, drows, ids, tensors)
-        return None, dweight, None, None, record, kept, *[None] * 4
+            return tuple(nothing)
+        tied = (rows, drows) if ctx.carries else (None, None)
+        dweight, record, kept = ops.grouped_embedding_backward(
+            dy.reshape(-1, dy.shape[-1]), ids.flatten(), *tied, *ctx.size, *tensors, *ctx.static
+        )
+        return (None, dweight, None, *_given(ctx, record, kept), *nothing[6:])
 
 
 def norm(layer: Layer, collection: Collection, x: Tensor, y: Tensor) -> Tensor:
     """y, the module's own result: its own backward stays, the statistics come from dY and x."""
     collection.check_tokens(layer.name, x.shape[:-1])
-    needs = (layer.weight is not None, layer.bias is not None)
+    form = (layer.eps, layer.centered, layer.weight is not None, layer.bias is not None)
     return _Norm.apply(
-        y, x.detach(), collection.record, _kept(collection, layer.weight),
-        _kept(collection, layer.bias), *collection.tensors(), (layer.eps, layer.centered, *needs),
-        (*collection.static, layer.index),
-    )  # fmt: skip
+        y, x.detach(), form, *_Leaves.of(layer, collection), *collection.plan, layer.index
+    )
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, record, kept_weight, kept_bias, ranges, kinds, seed, options, static):
-        ctx.save_for_backward(x, ranges, kinds, seed)
-        ctx.options, ctx.static = options, static
-        ctx.kept = (kept_weight is not None, kept_bias is not None)
+    def forward(ctx, *args):
+        y, x, ctx.form, leaves, *plan = cut(args, Tensor, Tensor, object, _Leaves, Plan, int)
+        tensors, ctx.static = _split((*plan[0], plan[1]))
+        ctx.save_for_backward(x, *tensors)
+        ctx.kept = leaves.present()
         return y.view_as(y)
 
     @staticmethod
@@ -216,67 +209,56 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, dy):
         x, *tensors = ctx.saved_tensors
         size = x.shape[-1]
-        record, kept_weight, kept_bias = torch.ops.bvpo.grouped_norm_statistics(
-            dy.reshape(-1, size), x.reshape(-1, size), *ctx.options, *tensors, *ctx.static
+        found = ops.grouped_norm_statistics(
+            dy.reshape(-1, size), x.reshape(-1, size), *ctx.form, *tensors, *ctx.static
         )
-        return (
-            dy, None, record, kept_weight if ctx.kept[0] else None,
-            kept_bias if ctx.kept[1] else None, *[None] * 5,
-        )  # fmt: skip
+        given = _given(ctx, *found)
+        return (dy, None, None, *given, *[None] * (len(ctx.needs_input_grad) - 6))
 
 
 def head_logprobs(
-    layer: Layer,
-    collection: Collection,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    options: tuple[Any, ...],
+    layer: Layer, collection: Collection, inputs: Inputs, call: Call
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies; `options` as `linear_logprobs_forward` takes them, without
-    `need_unit_grad`."""
-    collection.check_tokens(layer.name, hidden.shape[:-1])
+    """Log-probabilities and entropies."""
+    collection.check_tokens(layer.name, inputs.hidden_TD.shape[:-1])
     carrier = collection.carrier_GUD if layer.tied else None
     return _Head.apply(
-        hidden, weight, target, bias, collection.record, _kept(collection, layer.weight),
-        _kept(collection, layer.bias), carrier, collection.rows_U, *collection.tensors(), options,
-        (*collection.static, layer.index),
+        *inputs, *_Leaves.of(layer, collection), carrier, collection.rows_U, call,
+        *collection.plan, layer.index,
     )  # fmt: skip
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, target, bias, record, kept_weight, kept_bias, carrier, rows, ranges,
-        kinds, seed, options, static,
-    ):  # fmt: skip
-        *call, need_entropy, impl = options
-        logprobs, max_T, logsum, entropy, _ = torch.ops.bvpo.linear_logprobs_forward(
-            hidden, weight, target, bias, *call, need_entropy, False, impl
+    def forward(ctx, *args):
+        inputs, leaves, carrier, rows, ctx.call, *plan = cut(
+            args, Inputs, _Leaves, Tensor, Tensor, object, Plan, int
         )
-        ctx.save_for_backward(
-            hidden, weight, target, bias, logprobs, max_T, logsum, rows, ranges, kinds, seed
-        )
-        ctx.call, ctx.static = (*call, impl), static
-        ctx.carried = carrier is not None
-        ctx.kept = (kept_weight is not None, kept_bias is not None)
+        logprobs, *rest = ops.linear_logprobs_forward(*inputs, *ctx.call, False)
+        tensors, ctx.static = _split((*plan[0], plan[1]))
+        kept = (logprobs, *rest[: len(Kept._fields) - 1])
+        ctx.save_for_backward(*inputs, *kept, rows, *tensors)
+        ctx.carried, ctx.kept = carrier is not None, leaves.present()
+        entropy = rest[-2]
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once
     def backward(ctx, dlogprobs, _):
-        *saved, rows, ranges, kinds, seed = ctx.saved_tensors
+        inputs, kept, rows, *tensors = cut(
+            ctx.saved_tensors, Inputs, Kept, Tensor, Tensor, Tensor, Tensor, Tensor
+        )
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
         dhidden, dweight, dbias, record, kept_weight, kept_bias, drows = (
-            torch.ops.bvpo.linear_logprobs_statistics(
-                dlogprobs, *saved, *ctx.call, need_hidden, need_weight, need_bias,
-                rows if ctx.carried else None, ranges, kinds, seed, *ctx.static,
+            ops.linear_logprobs_statistics(
+                dlogprobs, *inputs, *kept, *ctx.call, need_hidden, need_weight, need_bias,
+                rows if ctx.carried else None, *tensors, *ctx.static,
             )
         )  # fmt: skip
         return (
             dhidden if need_hidden else None, dweight if need_weight else None, None,
-            dbias if need_bias else None, record, kept_weight if ctx.kept[0] else None,
-            kept_bias if ctx.kept[1] else None, drows if ctx.carried else None, *[None] * 6,
+            dbias if need_bias else None, None, None,
+            *_given(ctx, record, kept_weight, kept_bias), drows if ctx.carried else None,
+            *[None] * (len(ctx.needs_input_grad) - 10),
         )  # fmt: skip

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bvpo_kernels.logprobs import linear_logprobs
-from bvpo_kernels.lora import lora_logprobs
+from bvpo_kernels.head import linear_logprobs
 
 
 class Adapter(NamedTuple):
@@ -30,27 +29,18 @@ class LinearHead(NamedTuple):
     adapters: tuple[Adapter, ...] = ()
 
     def logprobs(
-        self, hidden_TD: Tensor, target_T: Tensor, *, return_entropy: bool,
-        max_scored: int | None = None, **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Log-probabilities [T] of the targets, and their entropy if asked for."""
+        self, hidden_TD: Tensor, target_T: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities [T] of the targets, and their entropy if asked for; `options` are
+        those of `linear_logprobs`."""
         if not torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(self.weight_VD.dtype)
-        options |= {"bias": self.bias_V, "return_entropy": return_entropy}
-        result: Any
+        options["bias"] = self.bias_V
         if self.adapters:
-            impl = options.pop("impl")
-            if impl not in ("auto", "eager"):
-                raise ValueError(f"impl: {impl!r} cannot serve LoRA on the LM head; 'eager' can")
             low_TR, b_VR = self._low_rank(hidden_TD)
-            result = lora_logprobs(
-                hidden_TD, self.weight_VD, target_T, low_TR.to(hidden_TD), b_VR, **options
-            )
-        else:
-            result = linear_logprobs(
-                hidden_TD, self.weight_VD, target_T, max_scored=max_scored, **options
-            )
-        return result if return_entropy else (result, None)
+            options["lora"] = (low_TR.to(hidden_TD), b_VR)
+        result: Any = linear_logprobs(hidden_TD, self.weight_VD, target_T, **options)
+        return result if options.get("return_entropy") else (result, None)
 
     def _low_rank(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """scale h A^T and B of all adapters, side by side."""

@@ -9,7 +9,8 @@ from tiny_runs import VOCAB, make_cfg, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Qwen3Config
 
-from bvpo_kernels.eager import logprobs as eager_logprobs
+from bvpo_kernels import ops
+from bvpo_kernels.call import Call
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import EMPTY, TRACE, TokenPair, Unit
 from train import cli
@@ -197,7 +198,7 @@ def test_head_flops_are_those_that_torch_counts(tmp_path, workspace_mib):
     config = tiny_model(**WIDE).config
     compute = estimate(cfg, 1, config=config).compute
     hidden, weight = torch.randn(4096, 64).bfloat16(), torch.randn(VOCAB, 64).bfloat16()
-    options = (None, 1.0, None, -100, workspace_mib * 2**20)
+    call = Call(workspace_bytes=workspace_mib * 2**20)
     target = torch.zeros(4096, dtype=torch.long)
 
     def added_in_place(_, left, right, out_shape=None):
@@ -206,13 +207,9 @@ def test_head_flops_are_those_that_torch_counts(tmp_path, workspace_mib):
 
     more = {torch.ops.aten.addmm_: added_in_place}
     with FlopCounterMode(display=False, custom_mapping=more) as counter:
-        logprobs, max_T, logsum, _, _ = eager_logprobs.forward(
-            hidden, weight, target, None, *options[1:], False, False
-        )
-        eager_logprobs.backward(
-            torch.ones(4096), hidden, weight, target, None, logprobs, max_T, logsum,
-            *options[1:], True, True, False,
-        )  # fmt: skip
+        inputs = (hidden, weight, target, None, None, None)
+        *kept, _, _ = ops.linear_logprobs_forward(*inputs, *call, False)
+        ops.linear_logprobs_backward(torch.ones(4096), *inputs, *kept, *call, True, True, False)
     assert compute.head == counter.get_total_flops()
 
 

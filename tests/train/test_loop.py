@@ -16,8 +16,8 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
+from bvpo_kernels.backends import sparse as rule
 from bvpo_kernels.packing import pack, segment_sum
-from bvpo_kernels.tail import rule
 from bvpo_kernels.types import Unit
 from train import loop
 from train.cli import parse

@@ -1,0 +1,26 @@
+"""The collection of gradient statistics that is running, if any.
+
+A global of the process, not a context variable: with activation checkpointing layers run again in
+autograd's threads, which see no context of the thread that called `backward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bvpo_kernels.call import Call, Inputs
+
+
+class HeadStatistics(Protocol):
+    """What `linear_logprobs` and instrumented layers ask of the running collection."""
+
+    collection: Any
+
+    def head_logprobs(
+        self, inputs: Inputs, call: Call, owner: tuple[Any, Any]
+    ) -> tuple[Tensor, Tensor] | None: ...
+
+
+active: HeadStatistics | None = None

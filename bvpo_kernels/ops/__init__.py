@@ -1,0 +1,25 @@
+"""Every operator of the package: importing this registers them all."""
+
+from bvpo_kernels.ops.grad_stats import (
+    grouped_embedding_backward,
+    grouped_linear_backward,
+    grouped_norm_statistics,
+    pair_reduce,
+)
+from bvpo_kernels.ops.head import (
+    linear_logprobs_backward,
+    linear_logprobs_forward,
+    linear_logprobs_statistics,
+)
+from bvpo_kernels.ops.packing import segment_sum
+
+__all__ = [
+    "grouped_embedding_backward",
+    "grouped_linear_backward",
+    "grouped_norm_statistics",
+    "linear_logprobs_backward",
+    "linear_logprobs_forward",
+    "linear_logprobs_statistics",
+    "pair_reduce",
+    "segment_sum",
+]
