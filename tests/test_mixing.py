@@ -253,7 +253,8 @@ def test_noise_that_hides_the_difference():
     """|Delta|^2 is estimated negative: fine at B = 4, without a minimum at B' = 10^6."""
     d = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]).double()
     g = torch.stack([d + 0.1, torch.zeros(4, 1).double()], dim=1)
-    assert alpha_star(stats(g)).determined
+    near = alpha_star(stats(g))
+    assert near.raw == pytest.approx(1 - (4 / 3) / (4 * 0.1**2))
     far = alpha_star(stats(g), 1_000_000)
     assert far.delta_sq < 0
     assert far.batch_mix == math.inf

@@ -132,7 +132,8 @@ class EstimateConfig:
 
     mode: "exact" costs no further matrix product; "sketch" is cheaper in memory traffic; "norm" is
     a proxy over the norm weights alone. cross: how gradients of different micro-batches are
-    multiplied, in mode "exact". clip bounds the weight while it scales a loss. reference "marginal"
+    multiplied, in mode "exact". The weight is `initial` during `warmup` and while the steps do not
+    determine a*, and moves towards a* as they do; clip bounds it. reference "marginal"
     needs extra traces in the pairs (kind "marginal"), target "batch" several of kind "trace".
     """
 

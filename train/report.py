@@ -245,18 +245,53 @@ def alpha_summary(log: Mapping[str, float], batch_size: int, measured: str = "")
     """
     if "alpha_star" not in log:
         return ""
-    low, high = log.get("alpha_lo", 0.0), log.get("alpha_hi", 1.0)
-    mix = log.get("B_mix", math.inf)
+    interval = f"[{log.get('alpha_lo', 0.0):.3f}, {log.get('alpha_hi', 1.0):.3f}]"
+    what = f"95 % interval {interval}, for batches of {batch_size} units"
+    determined = bool(log.get("alpha_determined", 1.0))
+    star = (
+        f"a* = {log['alpha_star']:.3f}," if determined else "a* is not determined by these steps:"
+    )
     lines = [
-        f"a* = {log['alpha_star']:.3f}, 95 % interval [{low:.3f}, {high:.3f}], for batches of "
-        f"{batch_size} units",
+        f"{star} {what}",
+        *_weight_lines(log, determined),
         *([f"  {measured}"] if measured else []),
-        *_error_lines(log),
-        f"  kappa = {log.get('kappa', math.nan):.3f}, B_mix = {mix:.1f} units",
-        f"  noise per unit: trace {log['trS_t']:.3g}, empty {log['trS_e']:.3g}, shared "
-        f"{log['trS_te']:.3g}; |mean difference|^2 {log['delta_sq']:.3g}",
+        *(_error_lines(log) if determined else []),
+        *_moment_lines(log),
     ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _weight_lines(log: Mapping[str, float], determined: bool) -> list[str]:
+    """What the next step's weight is, and why."""
+    if "alpha_next" not in log:
+        return []
+    weight, left = f"{log['alpha_next']:.3f}", log.get("alpha_warmup_left", 0)
+    if determined and left:
+        return [f"  the weight stays at {weight} for {left:.0f} more steps of warm-up"]
+    if determined:
+        share = 100 * log["alpha_credibility"]
+        return [f"  the next weight is {weight}: the data count for {share:.0f} %"]
+    if "alpha_se" not in log:
+        why = "no error is known yet: it takes four steps, and gradients that differ"
+    elif "alpha_units_needed" in log:
+        why = f"about {log['alpha_units_needed']:.0f} more units are needed"
+    else:
+        why = "more are needed than ema_halflife holds: raise it, or units per step"
+    return [f"  the weight stays at {weight} after {log['alpha_units']:.0f} units; {why}"]
+
+
+def _moment_lines(log: Mapping[str, float]) -> list[str]:
+    """What a* is made of. An unbiased estimate of a square may come out negative: that is said."""
+    hidden = log["delta_sq"] <= 0
+    mix = f"{log['B_mix']:.1f} units" if "B_mix" in log else "not known"
+    kappa = f"{log['kappa']:.3f}" if "kappa" in log else "not known"
+    difference = "not above 0 within its noise" if hidden else f"{log['delta_sq']:.3g}"
+    return [
+        f"  kappa = {kappa}, B_mix = {mix}"
+        + (": noise hides the mean difference" if hidden else ""),
+        f"  noise per unit: trace {log['trS_t']:.3g}, empty {log['trS_e']:.3g}, shared "
+        f"{log['trS_te']:.3g}; |mean difference|^2 {difference}",
+    ]
 
 
 def _error_lines(log: Mapping[str, float]) -> list[str]:

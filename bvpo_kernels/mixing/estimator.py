@@ -14,8 +14,9 @@ from bvpo_kernels.mixing.moments import MIN_UNITS, Moments, StepStats, unbiased
 from bvpo_kernels.mixing.optimum import MARGINAL, AlphaStar, Target, alpha_star
 from bvpo_kernels.types import EMPTY, TRACE
 
-# Steps (effective) from which their own spread gives the error bar instead of the jackknife.
-MIN_STEPS = 10.0
+# Effective steps above which their own spread gives the error bar instead of the jackknife: the
+# least for which Student's t has a variance.
+MIN_STEPS = 3.0
 _STATE_VERSION = 1
 
 
@@ -23,9 +24,13 @@ class AlphaEstimator:
     """The weight of L_c = a L_t + (1 - a) L_e, from the gradients of the steps before.
 
     Each step's unbiased moments enter an exponential average with weights 2^(-age / halflife);
-    numerator and denominator of a* are linear in the moments, so these are averages too. a is their
-    ratio, clipped last. Clipped ratios are never averaged: the ratio of one small batch is noisy
-    and skewed, and clipping would add a bias that no number of steps removes.
+    numerator and denominator of a* are linear in the moments, so these are averages too. a* is
+    their ratio. Clipped ratios are never averaged: the ratio of one small batch is noisy and
+    skewed, and clipping would add a bias that no number of steps removes.
+
+    The weight moves from `initial` towards a* as the data allow: initial + z (a* - initial), z the
+    `credibility` of a*, clipped last. It stays at `initial` while the interval of a* is all of
+    [0, 1] (`AlphaStar.determined`).
 
     The weight is lagged: `value` reads what `update` took in before, so it is independent of the
     units of the step it is used in, and a g_t + (1 - a) g_e has the mean that a fixed a gives it.
@@ -38,7 +43,8 @@ class AlphaEstimator:
     the noise of sketches. Before that it is the jackknife's, the steps' covariances weighted by
     w_s^2: fair for a single batch (94.6 to 97.7 %) and, where steps are pooled, while tr S_d / B is
     below about a fifth of |Delta|^2 (95 to 97 %); elsewhere it is too wide (98 to 99.5 %), for the
-    reason that `unbiased` gives.
+    reason that `unbiased` gives. Without `rows_BKK`, or with two units, there is none: the spread
+    then serves from n > 3 on, and nothing is known before.
     Both hold while the optimum moves little within n steps.
 
     Args:
@@ -47,7 +53,7 @@ class AlphaEstimator:
         ema_halflife: in steps, inf: the plain mean. Effective steps tend to 2.9 halflives.
         clip: bounds of the weight while it scales a loss; neither loss should vanish.
         warmup: steps of statistics before the first weight that is not `initial`.
-        initial: the weight until then, and where the moments determine none.
+        initial: the weight until then and where the moments determine none; it moves from there.
         confidence: of the interval.
     """
 
@@ -85,10 +91,13 @@ class AlphaEstimator:
         """The weight of the next step."""
         if self._steps == 0 or self._steps < self.warmup:
             return self.initial
-        star = self.estimate()
+        return self._weight(self.estimate())
+
+    def _weight(self, star: AlphaStar) -> float:
+        """That of an estimate, after warm-up. `initial` may lie outside of the clip."""
         if not star.determined:
             return self.initial
-        return min(self.clip[1], max(self.clip[0], star.raw))
+        return min(self.clip[1], max(self.clip[0], star.weight))
 
     def update(self, stats: StepStats | Mapping[str, Any]) -> None:
         """Take in the statistics of the step that just ran (or their `StepStats.to_dict`).
@@ -146,7 +155,7 @@ class AlphaEstimator:
         (total, squares), n = self._weights, self.effective_steps
         mean_F = self._sums["f"] / total
         covariance_FF, freedom = None, 0.0
-        if n >= MIN_STEPS:
+        if n > MIN_STEPS:
             cross_FF = self._sums["f2"].outer(mean_F)
             spread_FF = self._sums["ff2"] - cross_FF - cross_FF.T + squares * mean_F.outer(mean_F)
             covariance_FF, freedom = spread_FF / total**2 / (1 - 1 / n), n - 1
@@ -171,8 +180,12 @@ class AlphaEstimator:
     def log(self) -> dict[str, float]:
         """Scalars of the estimate; those without a finite value (yet) are left out.
 
-        alpha_star: a* clipped to [0, 1], the estimate behind the next step's weight; the weight
-        that a step used is logged by the loop. MSE(a) = mse_0 + mse_1 a + mse_2 a^2. With a
+        alpha_star: a* clipped to [0, 1]. alpha_determined: 0 while the interval is all of it.
+        alpha_next: the next step's weight (the loop logs that of the step that ran).
+        alpha_credibility: the share of the way from `initial` to a*. alpha_units: units in the
+        averages. alpha_units_needed: about how many more determine a*; left out where they do, and
+        where `ema_halflife` never lets them. alpha_warmup_left: steps, while there are any.
+        MSE(a) = mse_0 + mse_1 a + mse_2 a^2: a weight's regret is MSE(a) / MSE(alpha_star). With a
         marginal kind, bias_t_sq = |mu_t - mu_m|^2 tells how far the traces' own mean has drifted
         from it (0 in expectation while b_t = 0), bias_e_sq the same of the empties.
         """
@@ -186,6 +199,7 @@ class AlphaEstimator:
             "alpha_se": star.se,
             "alpha_lo": star.low,
             "alpha_hi": star.high,
+            **self._progress(star),
             "numerator": star.numerator,
             "denominator": star.denominator,
             "q": star.q,
@@ -204,6 +218,22 @@ class AlphaEstimator:
             values["bias_t_sq"] = moments.distance_sq(TRACE, MARGINAL)
             values["bias_e_sq"] = moments.distance_sq(EMPTY, MARGINAL)
         return {name: float(value) for name, value in values.items() if math.isfinite(value)}
+
+    def _progress(self, star: AlphaStar) -> dict[str, float]:
+        """How far the weight has come, and what it takes to go on; NaN: nothing to say."""
+        steps, left = self.effective_steps, self.warmup - self._steps
+        most = math.inf if self._decay == 1 else (1 + self._decay) / (1 - self._decay)
+        needed = (star.data_needed - 1) * steps
+        return {
+            "alpha_determined": float(star.determined),
+            "alpha_next": self.initial if left > 0 else self._weight(star),
+            "alpha_credibility": star.credibility,
+            "alpha_units": steps * self._num_units,
+            "alpha_units_needed": (
+                needed * self._num_units if 0 < needed <= most - steps else math.nan
+            ),
+            "alpha_warmup_left": left if left > 0 else math.nan,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings and lists of them (JSON keeps every bit of a float)."""

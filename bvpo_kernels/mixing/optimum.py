@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bvpo_kernels import checks
 from bvpo_kernels.mixing.moments import COVARIANCES, MEANS, WITHIN, Moments, StepStats, unbiased
+from bvpo_kernels.mixing.shrinkage import credibility
 from bvpo_kernels.types import EMPTY, TRACE
 
 Target = Literal["population", "batch"]
@@ -89,11 +90,14 @@ class AlphaStar:
     """The optimal weight of the traces, how well it is known, and what it is made of.
 
     alpha: `raw` clipped to [0, 1]. raw = numerator / denominator, the minimum of
-    MSE(a) = mse[0] + mse[1] a + mse[2] a^2. se: standard error of `raw`, inf when unknown. low,
-    high: its confidence interval, clipped to [0, 1]. determined: False where the denominator is
-    not positive (the kinds are identical, or noise hides that they differ): then alpha and raw are
-    the fallback. q, kappa = q / tr S_d, batch_mix = tr S_d / |Delta|^2 (inf where the estimate of
-    |Delta|^2 is not positive) give a* for other batch sizes.
+    MSE(a) = mse[0] + mse[1] a + mse[2] a^2; the fallback where the denominator is not positive (the
+    kinds are identical, or noise hides that they differ). se: standard error of `raw`, inf when
+    unknown. low, high: its confidence interval, clipped to [0, 1]. determined: False where that is
+    all of [0, 1]. weight: what to train with, fallback + credibility (raw - fallback) within
+    [0, 1]. credibility: how far the data carry, 0 to 1; 0 where a* is not determined. data_needed:
+    about how many times these data determine a* (at most 1: they do; inf: unknown). q,
+    kappa = q / tr S_d, batch_mix = tr S_d / |Delta|^2 (inf where the estimate of |Delta|^2 is not
+    positive) give a* for other batch sizes.
     """
 
     alpha: float
@@ -102,6 +106,9 @@ class AlphaStar:
     low: float
     high: float
     determined: bool
+    weight: float
+    credibility: float
+    data_needed: float
     numerator: float
     denominator: float
     batch_size: float
@@ -128,6 +135,14 @@ def t_quantile(probability: float, freedom: float) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """Confidence of the interval, and the weight without data."""
+
+    confidence: float
+    fallback: float
 
 
 @dataclass(frozen=True)
@@ -159,25 +174,47 @@ class _Question:
         return q
 
 
-def _interval(
-    question: _Question, moments: Moments, raw: float, denominator: float, confidence: float
-) -> tuple[float, float, float]:
-    """Standard error of raw, and the two ends clipped to [0, 1].
+def _residual_variance(question: _Question, moments: Moments, a: float) -> float:
+    """Of the error of numerator - a denominator; inf when unknown.
 
-    The residual numerator - raw * denominator is linear in the moments; its coefficients are its
-    values on the unit vectors.
+    It is linear in the moments; its coefficients are its values on the unit vectors.
     """
     if moments.covariance_FF is None:
-        return math.inf, 0.0, 1.0
+        return math.inf
     values_XKK = moments.values_XKK
     basis = torch.eye(values_XKK.numel(), dtype=torch.float64).view(-1, *values_XKK.shape)
     numerator_F, denominator_F = question.quadratic(question.matrix(basis))
-    coefficient_F = numerator_F - raw * denominator_F
-    variance = coefficient_F @ moments.covariance_FF @ coefficient_F
-    se = variance.clamp(min=0).sqrt().item() / denominator
-    half = t_quantile((1 + confidence) / 2, moments.freedom) * se
+    coefficient_F = numerator_F - a * denominator_F
+    return (coefficient_F @ moments.covariance_FF @ coefficient_F).clamp(min=0).item()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """How well a* is known: fields of `AlphaStar`. The defaults know nothing."""
+
+    se: float = math.inf
+    low: float = 0.0
+    high: float = 1.0
+    credibility: float = 0.0
+    data_needed: float = math.inf
+
+
+def _known(
+    question: _Question, moments: Moments, raw: float, denominator: float, levels: _Levels
+) -> _Known:
+    """The symmetric interval raw -+ t se, and how far it lets the weight move."""
+    variance = _residual_variance(question, moments, raw)
+    if math.isinf(variance):
+        return _Known()
+    se = math.sqrt(variance) / denominator
+    half = t_quantile((1 + levels.confidence) / 2, moments.freedom) * se
     low, high = (min(1.0, max(0.0, bound)) for bound in (raw - half, raw + half))
-    return se, low, high
+    # raw -+ half covers [0, 1] from half = max(raw, 1 - raw) on, and half^2 falls as 1 / n.
+    needed = (half / max(raw, 1 - raw)) ** 2
+    if low == 0.0 and high == 1.0:
+        return _Known(se=se, data_needed=needed)
+    at_fallback = _residual_variance(question, moments, levels.fallback)
+    return _Known(se, low, high, credibility(denominator, at_fallback, moments.freedom), needed)
 
 
 def alpha_star(
@@ -207,7 +244,8 @@ def alpha_star(
             generator agree and selection looks at answers only; or "marginal".
         target: "population", or "batch" where `within_BKK` was measured.
         confidence: of the interval, raw -+ t se with Student's t.
-        fallback: the weight where the moments do not determine one.
+        fallback: the weight where the moments do not determine one, and where it moves from as
+            they do (`credibility`).
 
     Returns:
         AlphaStar. Its `se` holds B of the question fixed and is linearised: the standard error of
@@ -231,31 +269,30 @@ def alpha_star(
         batch_size=_check_question(moments, batch_size, target),
         target=target,
     )
-    return _solve(question, moments, confidence, fallback)
+    return _solve(question, moments, _Levels(confidence, fallback))
 
 
-def _solve(question: _Question, moments: Moments, confidence: float, fallback: float) -> AlphaStar:
+def _solve(question: _Question, moments: Moments, levels: _Levels) -> AlphaStar:
     """`alpha_star` of checked arguments."""
     covariance, means = moments.values_XKK[COVARIANCES], moments.values_XKK[MEANS]
     matrix = question.matrix(moments.values_XKK)
     numerator, denominator = (value.item() for value in question.quadratic(matrix))
     t, e = question.trace, question.empty
     size = covariance.diagonal() / question.batch_size + means.diagonal().abs()
-    determined = denominator > _ROUNDING * (size[t] + size[e]).item()
-    raw, se, low, high = fallback, math.inf, 0.0, 1.0
-    if determined:
+    raw, known = levels.fallback, _Known()
+    if denominator > _ROUNDING * (size[t] + size[e]).item():
         raw = numerator / denominator
-        se, low, high = _interval(question, moments, raw, denominator, confidence)
+        known = _known(question, moments, raw, denominator, levels)
+    weight = levels.fallback + known.credibility * (raw - levels.fallback)
     delta_sq = question.quadratic(means)[1].item()
     tr_d = question.quadratic(covariance)[1].item()
     q = question.noise(moments.values_XKK).item()
     return AlphaStar(
         alpha=min(1.0, max(0.0, raw)),
         raw=raw,
-        se=se,
-        low=low,
-        high=high,
-        determined=determined,
+        **vars(known),
+        determined=known.low > 0.0 or known.high < 1.0,
+        weight=min(1.0, max(0.0, weight)),
         numerator=numerator,
         denominator=denominator,
         batch_size=question.batch_size,

@@ -91,7 +91,8 @@ def mixing_weights(
 ) -> MixingWeights:
     """argmin_w E |sum_k w_k k_bar - mu|^2 = w^T M w over the simplex, M = `mse_matrix`.
 
-    With the estimators trace and empty this is `alpha_star`, a = w_trace.
+    With the estimators trace and empty this is `alpha_star`, a = w_trace: the estimate itself,
+    whatever its error (`AlphaStar.weight` and `AlphaEstimator` mind it).
 
     Args:
         moments, batch_size, reference, target: as for `alpha_star`.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_runs import make_cfg, make_trainer, make_units, read_lines
 
-from bvpo_kernels.mixing import alpha_star, unbiased
+from bvpo_kernels.mixing import AlphaEstimator, StepStats, alpha_star, unbiased
 from train import report
 from train.alpha import FixedAlpha, build_alpha, kind_scale
 from train.config import AlphaConfig, EstimateConfig
@@ -81,19 +81,33 @@ def test_run_measures_and_uses_the_weight(tmp_path, mode, capsys):
     trainer.run()
     lines = [line for line in read_lines(tmp_path) if line["event"] == "train"]
     assert [line["alpha"] for line in lines[:2]] == [0.5, 0.5]
-    # The weight of a step is what the step before had estimated, clipped.
+    # The weight of a step is what the step before had estimated.
     for before, line in pairwise(lines[1:]):
-        assert line["alpha"] == pytest.approx(min(max(before["alpha_raw"], 0.02), 0.98))
+        assert line["alpha"] == before["alpha_next"]
+    determined = [line for line in lines[1:] if line["alpha_determined"]]
+    for line in determined:
+        weight = 0.5 + line["alpha_credibility"] * (line["alpha_raw"] - 0.5)
+        assert line["alpha_next"] == pytest.approx(min(max(weight, 0.02), 0.98))
+    for line in lines[1:]:
+        whole = (line["alpha_lo"], line["alpha_hi"]) == (0, 1)
+        assert line["alpha_determined"] == (not whole)
+        assert not whole or line["alpha_next"] == 0.5
     for line in lines:
         assert line["trS_t"] > 0
         assert line["alpha_lo"] <= line["alpha_star"] <= line["alpha_hi"]
     assert (tmp_path / "report.png").stat().st_size > 20_000
     printed = capsys.readouterr().out
     last = lines[-1]
+    star = (
+        f"a* = {last['alpha_star']:.3f}," if last["alpha_determined"]
+        else "a* is not determined by these steps:"
+    )  # fmt: skip
+    interval = f"95 % interval [{last['alpha_lo']:.3f}, {last['alpha_hi']:.3f}]"
+    assert f"{star} {interval}, for batches of 4 units\n" in printed
     assert (
-        f"a* = {last['alpha_star']:.3f}, 95 % interval [{last['alpha_lo']:.3f}, "
-        f"{last['alpha_hi']:.3f}], for batches of 4 units\n"
-    ) in printed
+        f"weight {'is' if last['alpha_determined'] else 'stays at'} {last['alpha_next']:.3f}"
+        in printed
+    )
     coverage = trainer.stats.coverage
     assert (coverage.share == 1.0) == (mode != "norm")
     assert f"mode {mode!r}" in printed
@@ -109,6 +123,58 @@ def test_summary_compares_the_errors():
     assert "error of the gradient at a*: 0.750 x a = 0, 1.000 x a = 1/2, 0.750 x a = 1\n" in text
     assert "error of" not in report.alpha_summary({**log, "mse_0": 0.2}, 8)
     assert report.alpha_summary({}, 8) == ""
+
+
+def noisy_log(steps, seed=0, units=2, **options):
+    """Steps of units whose traces have nothing but noise, as much of it as the empties."""
+    generator = torch.Generator().manual_seed(seed)
+    alpha = AlphaEstimator(**{"warmup": 0} | options)
+    for _ in range(steps):
+        g_BKD = torch.randn(units, 2, 3, generator=generator, dtype=torch.float64)
+        gram = torch.einsum("ikd,jld->ijkl", g_BKD, g_BKD)
+        alpha.update(StepStats.from_unit_gram(("trace", "empty"), gram))
+    return alpha.log()
+
+
+def test_summary_says_what_is_not_determined():
+    log = noisy_log(4)
+    assert (log["alpha_lo"], log["alpha_hi"]) == (0, 1)
+    text = report.alpha_summary(log, 2)
+    assert text.startswith(
+        "a* is not determined by these steps: 95 % interval [0.000, 1.000], for batches of 2 units"
+        "\n  the weight stays at 0.500 after 8 units; about "
+    )
+    assert f"about {log['alpha_units_needed']:.0f} more units are needed\n" in text
+    assert "a* =" not in text
+    assert "error of the gradient" not in text
+    few = report.alpha_summary(noisy_log(2), 2)
+    assert "0.500 after 4 units; no error is known yet: it takes four steps" in few
+    log.pop("alpha_units_needed")
+    assert "more are needed than ema_halflife holds" in report.alpha_summary(log, 2)
+
+
+def test_summary_says_where_the_weight_is():
+    log = noisy_log(400, units=4, ema_halflife=100.0)
+    assert log["alpha_determined"] == 1
+    share = f"{100 * log['alpha_credibility']:.0f} %"
+    text = report.alpha_summary(log, 4)
+    assert f"  the next weight is {log['alpha_next']:.3f}: the data count for {share}\n" in text
+    warm = report.alpha_summary(noisy_log(400, units=4, ema_halflife=100.0, warmup=403), 4)
+    assert "  the weight stays at 0.500 for 3 more steps of warm-up\n" in warm
+
+
+def test_summary_has_words_for_what_is_below_zero():
+    """|Delta|^2 is estimated without bias, so it may be negative; B_mix is infinite then."""
+    log = next(log for log in (noisy_log(20, seed=n) for n in range(9)) if log["delta_sq"] < 0)
+    assert "B_mix" not in log
+    text = report.alpha_summary(log, 2)
+    assert "B_mix = not known: noise hides the mean difference\n" in text
+    assert "|mean difference|^2 not above 0 within its noise\n" in text
+    for word in ("inf", "nan"):
+        assert word not in text.split("kappa =")[1]
+    shown = report.alpha_summary({**log, "delta_sq": 0.25, "B_mix": 8.0}, 2)
+    assert "B_mix = 8.0 units\n" in shown
+    assert "|mean difference|^2 0.25\n" in shown
 
 
 def test_measuring_does_not_change_the_training(tmp_path):

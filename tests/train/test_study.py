@@ -204,17 +204,19 @@ def test_arms_train_on_what_they_say(world):
 def test_measured_weights_are_lagged(world, name):
     arm = next(arm for arm in ARMS if arm.name == name)
     trainer = arms.ArmTrainer(world, arm)
-    weights, estimates = [], []
+    weights, estimates, determined = [], [], []
     for number in range(4):
         line = trainer.step(number)
         weights.append(line["alpha"])
-        estimates.append(line.get("alpha_star"))
+        estimates.append(line.get("alpha_next"))
+        determined.append(line.get("alpha_determined"))
     assert weights[0] == 0.5 or name == "a* marginal"
     low, high = trainer.alpha.clip
     if name == "a* trace":  # the weight of a step is the estimate after the step before
         assert weights[1] == 0.5
-        assert weights[3] == pytest.approx(min(high, max(low, estimates[2])))
-        assert weights[3] != 0.5
+        assert weights[3] == estimates[2]
+        assert low <= weights[3] <= high
+        assert (weights[3] != 0.5) == determined[2]
 
 
 def test_first_losses_are_log_two(world):

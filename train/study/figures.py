@@ -162,7 +162,7 @@ def draw_weights(results: Results) -> Figure | None:
         for place, (seed, run) in enumerate(results.arms[name].items()):
             color = ("#b3262e", "#2d7d46", "#1f5fa8", "#7a3b8f")[place % 4]
             axes.plot(*_series(run, "alpha"), color=color, lw=1.6, label=f"seed {seed}")
-            # Without a standard error (fewer than ten effective steps) there is no band.
+            # Without a standard error (three effective steps or fewer, no rows) there is no band.
             banded = [line for line in run["log"] if line.get("alpha_se") is not None]
             title = f"{name} (band: 95 %)" if banded else title
             steps = [line["step"] for line in banded]
