@@ -9,9 +9,7 @@ the answer the template's, and what is not in it is refused.
 
 from __future__ import annotations
 
-import json
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,6 +17,19 @@ from typing import Any
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
+from bvpo_kernels.integrations.cells import (
+    TEMPLATE_FIELDS,
+    Message,
+    bad_cell,
+    fold,
+    from_json,
+    in_parts,
+    missing_from,
+    read_messages,
+    short,
+    texts_of,
+    token_ids,
+)
 from bvpo_kernels.integrations.markers import TraceMarkers
 from bvpo_kernels.types import EMPTY, KINDS, TRACE
 
@@ -27,13 +38,8 @@ logger = logging.get_logger(__name__)
 FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 PREFIX: Mapping[str, str] = {TRACE: "", EMPTY: "empty_"}
 RESPONSES = ("chosen", "rejected")
-# Fields of an answer that only the template can write.
-_TRACE_FIELDS = ("reasoning_content", "reasoning", "thinking")
-_TEMPLATE_FIELDS = (*_TRACE_FIELDS, "tool_calls")
 _ANSWER = "@@answer@@"
 _MAX_MARKER_TOKENS = 16
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,22 +73,6 @@ class _Response:
 
     text: str
     given: Sequence[str]
-
-
-def bad_cell(where: str, column: str, expected: str, got: str) -> ValueError:
-    return ValueError(f"{where}, {column}: expected {expected}, got {got}")
-
-
-def token_ids(where: str, column: str, value: Any) -> list[int]:
-    """A cell of token ids.
-
-    Raises:
-        ValueError: naming row and column, for anything but a list of ids >= 0, or an empty one.
-    """
-    # type(), not isinstance(): True is an int.
-    if isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value):
-        return value
-    raise bad_cell(where, column, "at least one token id >= 0", _short(value))
 
 
 @dataclass
@@ -120,7 +110,7 @@ class RowEncoder:
             own = self._prompt(where, row, "empty_prompt")
             # Messages cannot end in the literal; texts and ids are taken as they are.
             prompts[EMPTY] = own if own.chat is None else self._emptied(where, own)
-        found = {}
+        found: dict[str, list[int]] = {}
         for kind in KINDS:
             encode = self._take_ids if prompts[kind].ids else self._encode
             found |= encode(where, row, prompts[kind], PREFIX[kind])
@@ -138,11 +128,11 @@ class RowEncoder:
         if isinstance(value, list) and value and not isinstance(value[0], Mapping):
             return _Prompt(column, ids=token_ids(where, column, value))
         if not isinstance(value, list) or not value:
-            raise bad_cell(where, column, "a text, messages or token ids", _short(value))
-        messages = list(_messages(where, column, value))
+            raise bad_cell(where, column, "a text, messages or token ids", short(value))
+        messages = list(read_messages(where, column, value))
         blank = [m for m in messages if m["role"] == "user" and not m["content"].strip()]
         if blank or not any(message["content"].strip() for message in messages):
-            raise bad_cell(where, column, "messages with a text in them", _short(value))
+            raise bad_cell(where, column, "messages with a text in them", short(value))
         chat = _Chat(messages, self._options(where, row, column))
         return self._rendered(where, column, chat)
 
@@ -152,13 +142,13 @@ class RowEncoder:
         options: dict[str, Any] = {}
         for prefix in prefixes:
             name = f"{prefix}chat_template_kwargs"
-            kwargs = _from_json(where, name, row.get(name)) or {}
+            kwargs = from_json(where, name, row.get(name)) or {}
             if not isinstance(kwargs, Mapping):
-                raise bad_cell(where, name, "an object", _short(kwargs))
+                raise bad_cell(where, name, "an object", short(kwargs))
             # datasets writes None where a row lacks a key of another row.
             options |= {key: value for key, value in kwargs.items() if value is not None}
             name = f"{prefix}tools"
-            tools = _from_json(where, name, row.get(name))
+            tools = from_json(where, name, row.get(name))
             if tools:
                 options["tools"] = tools
         return options
@@ -169,7 +159,7 @@ class RowEncoder:
         framed = self._apply(where, column, chat, [{"role": "assistant", "content": _ANSWER}])
         head, found, tail = framed.rpartition(_ANSWER)
         if not found:
-            raise bad_cell(where, column, "a chat template that writes answers", _short(framed))
+            raise bad_cell(where, column, "a chat template that writes answers", short(framed))
         if self.markers.bare(before) == self.markers.bare(head):
             space = head[len(before) :] if head.startswith(before) else ""
             wrap = space if space.isspace() else ""
@@ -198,7 +188,7 @@ class RowEncoder:
             last["content"] = chat.messages[-1]["content"] + answers[0].get("content", "")
             messages = [*chat.messages[:-1], last, *answers[1:]]
         if isinstance(self.processing_class, ProcessorMixin):
-            messages = [_in_parts(message) for message in messages]
+            messages = [in_parts(message) for message in messages]
         ends = {"add_generation_prompt": add_prompt and not answers}
         if continued and not answers:
             ends = {"continue_final_message": True}
@@ -235,7 +225,7 @@ class RowEncoder:
                     break
             else:
                 expected = f"token ids of which some end where {self.markers.open!r} begins, or"
-                raise bad_cell(where, prompt.column, f"{expected} empty_prompt", _short(tail))
+                raise bad_cell(where, prompt.column, f"{expected} empty_prompt", short(tail))
         return ids + self._ids(self.empty_trace)
 
     # Responses
@@ -249,7 +239,7 @@ class RowEncoder:
             column = prefix + name
             value = row.get(column)
             if isinstance(value, str) or (value and isinstance(value[0], Mapping)):
-                raise bad_cell(where, column, f"token ids, as {prompt.column} has", _short(value))
+                raise bad_cell(where, column, f"token ids, as {prompt.column} has", short(value))
             found[f"{column}_ids"] = token_ids(where, column, value)
         return found
 
@@ -270,21 +260,21 @@ class RowEncoder:
             messages: list[Message] = [{"role": "assistant", "content": value}]
         elif not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
             forms = "a text" if prompt.chat is None else "a text or messages"
-            raise bad_cell(where, column, f"{forms}, as {prompt.column} has", _short(value))
+            raise bad_cell(where, column, f"{forms}, as {prompt.column} has", short(value))
         elif prompt.chat is None:
             raise bad_cell(
                 where, column, f"a text, as {prompt.column} has, or messages in both",
-                f"messages: {_short(value)}",
+                f"messages: {short(value)}",
             )  # fmt: skip
         else:
-            messages = list(_messages(where, column, value))
+            messages = list(read_messages(where, column, value))
         first = messages[0]
         if first["role"] != "assistant":
             got = f"a first message of {first['role']!r}"
             raise bad_cell(where, column, "the assistant's turn", got)
-        if not any(_given(message) for message in messages):
-            raise bad_cell(where, column, "a text with something in it", _short(value))
-        plain = len(messages) == 1 and not any(first.get(name) for name in _TEMPLATE_FIELDS)
+        if not any(texts_of(message) for message in messages):
+            raise bad_cell(where, column, "a text with something in it", short(value))
+        plain = len(messages) == 1 and not any(first.get(name) for name in TEMPLATE_FIELDS)
         if not plain or prompt.wrap.strip():
             return self._templated(where, column, prompt, messages)
         text = self.markers.unrepeated(prompt.text, first["content"])
@@ -311,16 +301,17 @@ class RowEncoder:
         assert prompt.chat is not None
         whole = self._apply(where, column, prompt.chat, messages)
         start = self.markers.before(prompt.rendered)
-        given = [text for message in messages for text in _given(message)]
+        given = [text for message in messages for text in texts_of(message)]
         rest = whole.removeprefix(start)
         text = self.markers.unrepeated(prompt.text, rest)
         if prompt.text != prompt.rendered and prompt.text.endswith(prompt.wrap):
             text = text.removeprefix(prompt.wrap)
-        if rest == whole or _missing(given, text):
+        missing = missing_from(given, text)
+        if rest == whole or missing:
             raise bad_cell(
                 where, column, "an answer that the chat template writes behind the prompt as it is"
                 " (a trace within the content, or texts or token ids in place of messages)",
-                f"a render without {_short((_missing(given, rest) or given)[0])}: {_end_of(rest)}",
+                f"a render without {short((missing or given)[0])}: {_end_of(rest)}",
             )  # fmt: skip
         return _ended(text.rstrip(), given, prompt.end)
 
@@ -360,80 +351,17 @@ class RowEncoder:
     def _verify(self, where: str, column: str, response: _Response, ids: list[int]) -> None:
         """All that was given is among the ids that are scored, in its order."""
         scored = self._decode(ids)
-        if not _missing(response.given, scored) or self.tokenizer.unk_token_id in ids:
+        if not missing_from(response.given, scored) or self.tokenizer.unk_token_id in ids:
             return
         # Many tokenizers normalise.
-        missing = _missing([_fold(text) for text in response.given], _fold(scored))
+        missing = missing_from([fold(text) for text in response.given], fold(scored))
         if missing:
-            got = f"ids that say {_short(scored)}, without {_short(missing[0])}"
+            got = f"ids that say {short(scored)}, without {short(missing[0])}"
             raise bad_cell(where, column, "its text in the ids that are scored", got)
-
-
-def _from_json(where: str, column: str, value: Any) -> Any:
-    """Columns whose rows differ in their keys are often kept as JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise bad_cell(where, column, "JSON", f"{_short(value)} ({error})") from None
 
 
 def _ended(text: str, given: Sequence[str], end: str) -> _Response:
     return _Response(text if text.endswith(end) else text + end, given)
-
-
-def _messages(where: str, column: str, value: Sequence[Any]) -> Iterator[Message]:
-    """Messages with texts for contents, without the None that datasets fills fields with."""
-    for number, given in enumerate(value):
-        name = f"{column}[{number}]"
-        if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
-            raise bad_cell(where, name, "a message with a role and a content", _short(given))
-        message = {key: item for key, item in given.items() if item is not None}
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [p.get("text") if isinstance(p, Mapping) else p for p in content]
-            if not all(isinstance(part, str) for part in parts):
-                raise bad_cell(where, name, "a content of texts", _short(content))
-            message["content"] = content = "".join(parts)
-        if content is None and any(message.get(field) for field in _TEMPLATE_FIELDS):
-            message["content"] = content = ""
-        if not isinstance(content, str):
-            raise bad_cell(where, name, "a text as content", _short(content))
-        yield message
-
-
-def _in_parts(message: Message) -> Message:
-    """The form of a content that the templates of processors read."""
-    return {**message, "content": [{"type": "text", "text": message["content"]}]}
-
-
-def _given(message: Message) -> list[str]:
-    """The texts of a message that must not be lost."""
-    texts = [message[name] for name in (*_TRACE_FIELDS, "content") if name in message]
-    for call in message.get("tool_calls") or ():
-        texts.append((call.get("function") or call).get("name", ""))
-    return [text for text in texts if isinstance(text, str) and text.strip()]
-
-
-def _missing(given: Sequence[str], text: str) -> list[str]:
-    """What of `given` is not in the text in that order, white space aside."""
-    rest, missing = "".join(text.split()), []
-    for part in given:
-        if not part.strip():
-            continue
-        _, found, after = rest.partition("".join(part.split()))
-        if found:
-            rest = after
-        else:
-            missing.append(part)
-    return missing
-
-
-def _fold(text: str) -> str:
-    """A text but for case, compatible forms and characters that cannot be seen."""
-    folded = unicodedata.normalize("NFKC", text.casefold())
-    return "".join(char for char in folded if unicodedata.category(char) not in ("Cc", "Cf"))
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -444,8 +372,3 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _end_of(text: str) -> str:
     return repr(text[-60:])
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

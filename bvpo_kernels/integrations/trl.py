@@ -131,9 +131,11 @@ class BVPOTrainer(DPOTrainer):
     """DPOTrainer whose rows also have an empty-trace pair.
 
     Columns: prompt, chosen, rejected, empty_chosen, empty_rejected and optionally empty_prompt, as
-    texts, messages (empty answers: texts or messages) or token ids; ids are taken as they are and
-    end with the end-of-sequence id. Or two datasets whose rows correspond: `empty_dataset` has
-    prompt, chosen, rejected of the empty kind, its prompts ending in the empty trace.
+    texts, messages (answers: texts or messages) or token ids; ids are taken as they are and end
+    with the end-of-sequence id. Messages may have tools and chat_template_kwargs beside them, which
+    reach both kinds, and empty_tools, empty_chat_template_kwargs. Or two datasets whose rows
+    correspond: `empty_dataset` has prompt, chosen, rejected of the empty kind, its prompts ending
+    in the empty trace, which messages get here. What is scored is what was given: see `RowEncoder`.
 
     Metrics: TRL's names are those of the traces; "empty/..." are the same of the empties;
     "trace/loss", "empty/loss", "alpha", and with an estimate `AlphaEstimator.log`. Checkpoints hold
@@ -141,12 +143,14 @@ class BVPOTrainer(DPOTrainer):
 
     Args:
         model, ref_model, args, train_dataset, eval_dataset, kwargs: of DPOTrainer.
-        empty_dataset, eval_empty_dataset: see above.
+        empty_dataset: see above.
+        eval_empty_dataset: the same for eval_dataset; a mapping where that is one.
 
     Raises:
         TypeError, ValueError: naming what cannot be served: streaming or vision data,
             `compute_metrics`, experts with a router loss, prompt-learning adapters, a model whose
-            attention does not keep packed segments apart, and what `patch_model` refuses.
+            attention does not keep packed segments apart, and what `patch_model` refuses; naming
+            row and column, for data that cannot be served.
     """
 
     _tag_names = ["trl", "bvpo"]  # noqa: RUF012  (TRL's attribute)
@@ -164,7 +168,7 @@ class BVPOTrainer(DPOTrainer):
         eval_dataset: Any = None,
         *,
         empty_dataset: Dataset | None = None,
-        eval_empty_dataset: Dataset | None = None,
+        eval_empty_dataset: Dataset | Mapping[str, Dataset] | None = None,
         **kwargs: Any,
     ) -> None:
         args = BVPOConfig("bvpo") if args is None else args

@@ -16,14 +16,8 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from bvpo_kernels.integrations.render import (
-    FIELDS,
-    PREFIX,
-    RESPONSES,
-    RowEncoder,
-    bad_cell,
-    token_ids,
-)
+from bvpo_kernels.integrations.cells import bad_cell, token_ids
+from bvpo_kernels.integrations.render import FIELDS, PREFIX, RESPONSES, RowEncoder
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import KINDS, PackedBatch, TokenPair, Unit
 

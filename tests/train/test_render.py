@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_chat import CHAT_TEMPLATE, END, PAD, QWEN3_TEMPLATE, R1_TEMPLATE, START, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from bvpo_kernels.integrations.markers import TraceMarkers
 from bvpo_kernels.integrations.render import RowEncoder
@@ -213,7 +213,8 @@ def test_traces_in_a_field_of_their_own_are_the_templates():
     assert read(QWEN3, cells) == read(QWEN3, row())
     for lost, template in (("reasoning_content", R1_TEMPLATE), ("thinking", CHAT_TEMPLATE)):
         cells = row(chosen=msg("assistant", "2", **{lost: "one and one"}))
-        with pytest.raises(ValueError, match=r"^train, row 7, chosen: .*without 'one and one'"):
+        expected = r"^train, row 7, chosen: .*a trace within the content.*without 'one and one'"
+        with pytest.raises(ValueError, match=expected):
             encode(template, cells)
 
 
@@ -310,6 +311,16 @@ def test_parts_of_text_are_a_text():
     assert encode(CHAT_TEMPLATE, cells) == encode(CHAT_TEMPLATE, row())
 
 
+def test_a_processor_gets_contents_in_parts():
+    class Processor(ProcessorMixin):
+        def __init__(self, tokenizer=None, **options):
+            super().__init__(tokenizer, **options)
+
+    template = CHAT_TEMPLATE.replace("m.content", "m.content[0].text")
+    processor = Processor(make_tokenizer(None), chat_template=template)
+    assert encode(None, row(), tokenizer=processor) == encode(CHAT_TEMPLATE, row())
+
+
 def merging_tokenizer(merges, normalizer=None, **options):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [PAD, END, START, *alphabet, *("".join(pair) for pair in merges)]
@@ -324,25 +335,43 @@ def merging_tokenizer(merges, normalizer=None, **options):
     )
 
 
-def test_tokens_that_merge_across_the_boundary_are_trls():
-    """All of prompt and response is there, parted where TRL parts them."""
+def trls(tokenizer, rows):
+    """The ids that TRL's own trainer would train on."""
     trl = pytest.importorskip("trl", reason="trl is not installed")
     from accelerate import PartialState
     from datasets import Dataset
 
     PartialState()  # TRL's logger asks for it
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    data = Dataset.from_list(rows)
+    return trl.DPOTrainer._prepare_dataset(trainer, data, tokenizer, args, "train").to_list()
+
+
+@pytest.mark.parametrize("line_break", ["", "\n"])
+def test_messages_are_trls_where_the_template_writes_them_as_they_are(line_break):
+    """But for what follows the end of the turn."""
+    tokenizer = make_tokenizer(TOOLS + CHAT_TEMPLATE.replace("<|im_end|>\n", END + line_break))
+    cells = row(tools=json.dumps([{"name": "add"}]), chat_template_kwargs={"unused": 1})
+    names = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    (want,) = trls(tokenizer, [{name: cells[name] for name in names}])
+    got = encode(None, cells, tokenizer=tokenizer)
+    assert got["prompt_ids"] == want["prompt_ids"]
+    for name in ("chosen_ids", "rejected_ids"):
+        assert got[name] + tokenizer(line_break)["input_ids"] == want[name]
+
+
+def test_tokens_that_merge_across_the_boundary_are_trls():
+    """All of prompt and response is there, parted where TRL parts them."""
     tokenizer = merging_tokenizer([("?", "<"), ("Ċ", "2"), ("4", "2"), ("1", "4")])
     texts = [
         TEXTS,
         TEXTS | {"rejected": "<think>no</think>3"},
         TEXTS | {"prompt": "say 4", "chosen": "2", "rejected": "12"},
     ]
-    trainer = SimpleNamespace(_tokenizer=tokenizer)
-    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
 
     def theirs(rows):
-        data = Dataset.from_list(rows)
-        return trl.DPOTrainer._prepare_dataset(trainer, data, tokenizer, args, "train").to_list()
+        return trls(tokenizer, rows)
 
     names = ("prompt", "chosen", "rejected")
     want = theirs([{name: cells[name] for name in names} for cells in texts])
@@ -404,6 +433,16 @@ def test_ids_that_do_not_say_the_text_are_refused(monkeypatch):
     cells = TEXTS | {"chosen": "<think>Cafe\u0301</think>\ufb01"}
     ids = encode(None, cells, tokenizer=folding)["chosen_ids"]
     assert folding.decode(ids) == "<think>caf\u00e9</think>\ufb01" + END
+
+
+def test_a_text_with_unknown_characters_is_served():
+    vocab = {token: n for n, token in enumerate(["?", END, *"1+2345"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.model.unk_token = "?"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, unk_token="?")
+    texts = {"prompt": "1+1", "chosen": "2x", "rejected": "3", "empty_chosen": "2"}
+    got = encode(None, texts | {"empty_rejected": "3"}, "", tokenizer)
+    assert got["chosen_ids"] == [4, 0, 1]
 
 
 def test_an_id_prompt_whose_marker_shares_a_token_is_refused():
