@@ -39,7 +39,8 @@ test: $(STAMP)  ## run the tests
 
 trl: $(STAMP)  ## run TRL's tests with the oldest version that is served (`make test` has the newest)
 	$(PIP) install -q --no-deps --upgrade --target build/trl-oldest 'trl==1.15.*'
-	PYTHONPATH=build/trl-oldest $(PY) -m pytest -q tests/train/test_integrations_trl.py
+	PYTHONPATH=build/trl-oldest $(PY) -m pytest -q tests/train/test_integrations_trl*.py \
+		tests/train/test_render.py
 
 # An environment that sees the one above. lighteval lies apart: it wants an older latex2sympy2 than
 # math-verify does.

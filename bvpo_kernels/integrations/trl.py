@@ -12,7 +12,6 @@ row for both kinds and a head that forms no logits.
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
@@ -31,6 +30,7 @@ from trl import DPOConfig, DPOTrainer
 
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.integrations import trl_data
+from bvpo_kernels.integrations.render import RowEncoder
 from bvpo_kernels.integrations.transformers import patch_model
 from bvpo_kernels.mixing import AlphaEstimator
 from bvpo_kernels.mixing.moments import MIN_UNITS
@@ -52,6 +52,8 @@ class BVPOConfig(DPOConfig):
         estimate is used, halflife of its averages in steps, bounds of the weight.
     stats_mode, stats_cross, sketch_size: of `GradStats`.
     empty_trace: what an empty prompt ends with, where the data has no `empty_prompt`.
+    max_length: None, or the tokens of the longest sequence to train on: rows with a longer one are
+        dropped and counted. Nothing is cut.
     head_impl, head_workspace_mib: of `linear_logprobs`.
     """
 
@@ -67,6 +69,9 @@ class BVPOConfig(DPOConfig):
     empty_trace: str = field(
         default="<think>\n\n</think>\n\n", metadata={"help": "The literal of an empty trace."}
     )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Rows with more tokens are dropped; None: no limit."}
+    )
     head_impl: str = field(default="auto", metadata={"help": "Backend of the LM head."})
     head_workspace_mib: int | None = field(
         default=None, metadata={"help": "Bound on the LM head's temporary memory."}
@@ -76,6 +81,8 @@ class BVPOConfig(DPOConfig):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a number in [0, 1], got {self.alpha}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length: expected None or a number > 1, got {self.max_length}")
         refused = {
             "use_weighting": (self.use_weighting, "it needs sum_v p_v^2 of every token"),
             "truncation_mode": (self.truncation_mode != "keep_start", "expected keep_start"),
@@ -124,9 +131,11 @@ class BVPOTrainer(DPOTrainer):
     """DPOTrainer whose rows also have an empty-trace pair.
 
     Columns: prompt, chosen, rejected, empty_chosen, empty_rejected and optionally empty_prompt, as
-    texts, messages (empty answers: texts or messages) or token ids; ids are taken as they are and
-    end with the end-of-sequence id. Or two datasets whose rows correspond: `empty_dataset` has
-    prompt, chosen, rejected of the empty kind, its prompts ending in the empty trace.
+    texts, messages (answers: texts or messages) or token ids; ids are taken as they are and end
+    with the end-of-sequence id. Messages may have tools and chat_template_kwargs beside them, which
+    reach both kinds, and empty_tools, empty_chat_template_kwargs. Or two datasets whose rows
+    correspond: `empty_dataset` has prompt, chosen, rejected of the empty kind, its prompts ending
+    in the empty trace, which messages get here. What is scored is what was given: see `RowEncoder`.
 
     Metrics: TRL's names are those of the traces; "empty/..." are the same of the empties;
     "trace/loss", "empty/loss", "alpha", and with an estimate `AlphaEstimator.log`. Checkpoints hold
@@ -134,12 +143,14 @@ class BVPOTrainer(DPOTrainer):
 
     Args:
         model, ref_model, args, train_dataset, eval_dataset, kwargs: of DPOTrainer.
-        empty_dataset, eval_empty_dataset: see above.
+        empty_dataset: see above.
+        eval_empty_dataset: the same for eval_dataset; a mapping where that is one.
 
     Raises:
         TypeError, ValueError: naming what cannot be served: streaming or vision data,
             `compute_metrics`, experts with a router loss, prompt-learning adapters, a model whose
-            attention does not keep packed segments apart, and what `patch_model` refuses.
+            attention does not keep packed segments apart, and what `patch_model` refuses; naming
+            row and column, for data that cannot be served.
     """
 
     _tag_names = ["trl", "bvpo"]  # noqa: RUF012  (TRL's attribute)
@@ -157,7 +168,7 @@ class BVPOTrainer(DPOTrainer):
         eval_dataset: Any = None,
         *,
         empty_dataset: Dataset | None = None,
-        eval_empty_dataset: Dataset | None = None,
+        eval_empty_dataset: Dataset | Mapping[str, Dataset] | None = None,
         **kwargs: Any,
     ) -> None:
         args = BVPOConfig("bvpo") if args is None else args
@@ -166,15 +177,18 @@ class BVPOTrainer(DPOTrainer):
         for name in ("compute_metrics", "data_collator"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: expected None, BVPOTrainer makes no logits to give it")
-        self._empty_datasets = {"train": empty_dataset, "eval": eval_empty_dataset}
+        self._empty_datasets = trl_data.by_name(
+            train_dataset, eval_dataset, empty_dataset, eval_empty_dataset
+        )
         self._patched: set[int] = set()
         self._alpha = self._stats = None
         self._micro_batch = 0
         super().__init__(
-            model, ref_model, args, trl_data.BVPOCollator(args.max_length), train_dataset,
+            model, ref_model, args, trl_data.BVPOCollator(), train_dataset,
             eval_dataset, **kwargs,
         )  # fmt: skip
         self._patch()
+        self._check_fits()
         if args.estimate_alpha:
             self._alpha = AlphaEstimator(
                 ema_halflife=args.alpha_halflife, clip=(args.alpha_low, args.alpha_high),
@@ -218,23 +232,23 @@ class BVPOTrainer(DPOTrainer):
     ) -> Dataset:
         if not isinstance(dataset, Dataset):
             raise TypeError(f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
-        if set(trl_data.COLUMNS[:6]) <= set(dataset.column_names):
-            return dataset
         dataset = trl_data.join(dataset, self._empty_datasets.pop(dataset_name, None))
-        unlimited = copy.copy(args)
-        unlimited.max_length = None  # TRL drops long rows; both kinds of a row go together
-        texts = functools.partial(
-            super()._prepare_dataset, processing_class=processing_class, args=unlimited,
-            dataset_name=dataset_name,
-        )  # fmt: skip
-        rows = trl_data.tokenize(dataset, processing_class, args.empty_trace, texts)
-        limit = args.max_length
-        if limit is None:
-            return rows
-        return rows.filter(
-            lambda row: max(len(row["prompt_ids"]), len(row["empty_prompt_ids"])) < limit,
-            desc="Dropping rows whose prompt fills max_length",
+        encode = RowEncoder(processing_class, args.empty_trace, dataset_name)
+        return trl_data.prepare(dataset, encode, args.max_length, args.dataset_num_proc)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        trl_data.check_fits(dataset, name, self.model)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _check_fits(self) -> None:
+        evals = (
+            self.eval_dataset
+            if isinstance(self.eval_dataset, dict)
+            else {"eval": self.eval_dataset}
         )
+        for name, dataset in {"train": self.train_dataset, **evals}.items():
+            if dataset is not None:
+                trl_data.check_fits(dataset, name, self.model)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(trl_data.COLUMNS)

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from bvpo_kernels.integrations.trl import BVPOConfig, BVPOTrainer
-from bvpo_kernels.integrations.trl_data import BVPOCollator
 
 LITERAL = "<think>\n\n</think>\n\n"
 WORDS = ["17", "so 4 + 13", "no, 18", "hm", "it is seventeen", "eighteen?", "x", "20 - 3"]
@@ -181,13 +180,6 @@ def test_two_datasets_ids_and_messages_give_the_same_pairs(tmp_path):
         f"<|user|>{rows()[0]['prompt']}<|assistant|>{LITERAL}"
     )
     assert tokenizer.decode(row["empty_chosen_ids"]) == rows()[0]["empty_chosen"] + "<|im_end|>"
-
-
-def test_long_rows_go_and_responses_are_cut_in_pairs(tmp_path):
-    made = trainer(tmp_path, max_length=45)  # the prompts of rows 1 and 3 are said twice
-    assert len(made.train_dataset) == 2
-    batch = BVPOCollator(45)([made.train_dataset[0]])["packed"]
-    assert batch.max_seqlen == 45
 
 
 def test_training_moves_logs_and_evaluates(tmp_path):
