@@ -15,8 +15,9 @@ from bvpo_kernels.eager.grad_stats import Plan, kept_shape
 from bvpo_kernels.eager.logprobs import accumulate_dtype
 from bvpo_kernels.grad_stats import layers as grouped
 from bvpo_kernels.grad_stats.combine import MicroBatchStats, combine
-from bvpo_kernels.grad_stats.coverage import Coverage, Layout, lay_out
+from bvpo_kernels.grad_stats.coverage import Coverage, Layout, UncoveredError, lay_out
 from bvpo_kernels.grad_stats.layers import Collection, Layer
+from bvpo_kernels.grad_stats.probe import replaced_forwards
 from bvpo_kernels.mixing import StepStats
 from bvpo_kernels.types import PackedBatch
 
@@ -102,30 +103,33 @@ class GradStats:
     @property
     def coverage(self) -> Coverage:
         """How many of the trained parameters are measured, and the names of the others."""
-        return self._layout.coverage
+        return self._layout.without(self._bypassed)
 
     def _arrange(self) -> None:
         self._layout = lay_out(self.model, self.mode, self.head)
-        missing = self._layout.coverage.uncovered
-        if missing and self.strict and self.mode != "norm":
-            raise ValueError(
-                f"model: expected trained parameters of Linear, Embedding and norm layers, each "
-                f"used by one layer (or tied to the head); cannot measure {list(missing)}; freeze "
-                f"them or pass strict=False"
-            )
+        if self._layout.coverage.uncovered and self.strict and self.mode != "norm":
+            raise UncoveredError(self._layout.coverage)
+        self._bypassed: set[str] = set()
         # Made once: a compiled model guards on the identity of a replaced forward.
         self._forwards = [self._instrumented(layer) for layer in self._layout.layers]
 
     def _instrumented(self, layer: Layer) -> Callable[..., Any]:
-        if layer.kind == "norm":
-            original = layer.module.forward
+        original = layer.module.forward
+        run = {"linear": grouped.linear, "embedding": grouped.embedding}.get(layer.kind)
 
-            def forward(x: Tensor) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            if not torch.is_grad_enabled():  # a reference's pass, a check: nothing to measure
+                return original(*args, **kwargs)
+            x, *more = *args, *kwargs.values()
+            if more:
+                raise ValueError(
+                    f"{layer.name}: expected one input, got {1 + len(more)}; freeze its parameters"
+                )
+            if run is None:
                 return grouped.norm(layer, _running(), x, original(x))
+            return run(layer, _running(), x)
 
-            return forward
-        run = {"linear": grouped.linear, "embedding": grouped.embedding}[layer.kind]
-        return lambda x: run(layer, _running(), x)
+        return forward
 
     def _changed(self) -> bool:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -171,16 +175,11 @@ class GradStats:
         collection = self._open(batch)
         before = self._gradient_versions()
         self.collection, scope.active = collection, self
-        saved = [layer.module.__dict__.get("forward") for layer in self._layout.layers]
+        modules = [layer.module for layer in self._layout.layers]
         try:
-            for layer, forward in zip(self._layout.layers, self._forwards, strict=True):
-                layer.module.forward = forward  # type: ignore[method-assign]
-            yield
+            with replaced_forwards(modules, self._forwards):
+                yield
         finally:
-            for layer, previous in zip(self._layout.layers, saved, strict=True):
-                layer.module.__dict__.pop("forward", None)
-                if previous is not None:
-                    layer.module.forward = previous  # type: ignore[method-assign]
             scope.active = None
             del self.collection
         self._close(batch, collection, scales, before, counted)
@@ -236,7 +235,13 @@ class GradStats:
         self.reset()
         self._step += 1
         for micro in micro_batches:
-            _check_uses(micro, self._layout, self.strict)
+            bypassed = _check_uses(micro, self._layout)
+            if bypassed and self.strict:
+                raise RuntimeError(
+                    f"collect: expected gradients of {bypassed} from their layers' own forwards; "
+                    f"something else used the parameters"
+                )
+            self._bypassed.update(bypassed)
             missing = [name for name in micro.unit_ids if ess is not None and name not in ess]
             if missing and micro.counted:
                 raise ValueError(
@@ -394,10 +399,11 @@ def _scales(batch: PackedBatch, kind_scale: Mapping[str, float] | None) -> tuple
     return tuple(float(kind_scale[kind]) for kind in batch.kinds)
 
 
-def _check_uses(micro: MicroBatchStats, layout: Layout, strict: bool) -> None:
-    """Each layer at most once per backward, and no gradient of a covered parameter without it."""
+def _check_uses(micro: MicroBatchStats, layout: Layout) -> list[str]:
+    """Each layer at most once per backward; the covered parameters with a gradient without it."""
     uses = micro.record[-layout.num_layers :].round().long().tolist()
     used: set[int | None] = set()
+    tied: dict[int, set[str]] = {weight: set() for weight in layout.shared}
     for layer in (*layout.layers, *layout.heads):
         if uses[layer.index] > 1:
             raise RuntimeError(
@@ -406,10 +412,14 @@ def _check_uses(micro: MicroBatchStats, layout: Layout, strict: bool) -> None:
             )
         if uses[layer.index]:
             used |= {layer.weight, layer.bias}
-    covered = {i for layer in layout.layers for i in (layer.weight, layer.bias)}
-    bypassed = [layout.names[i] for i in micro.moved if i in covered and i not in used]
-    if bypassed and strict:
+            if layer.weight in tied:
+                tied[layer.weight].add(layer.kind)
+    halves = [layout.names[i] for i, kinds in tied.items() if i in micro.moved and len(kinds) == 1]
+    if halves:
         raise RuntimeError(
-            f"collect: expected gradients of {bypassed} from their layers' own forwards; something "
-            f"else used the parameters"
+            f"collect: expected both uses of the tied {halves} by their modules or linear_logprobs, "
+            f"got one: the gradient of the other was not measured; name the head, GradStats(model, "
+            f"head=module), or freeze the weight"
         )
+    covered = {i for layer in layout.layers for i in (layer.weight, layer.bias)}
+    return [layout.names[i] for i in micro.moved if i in covered and i not in used]

@@ -18,6 +18,7 @@ from bvpo_kernels import ops as _bvpo_ops  # noqa: F401  (defines the library)
 from bvpo_kernels.eager.grad_stats import Plan
 from bvpo_kernels.eager.logprobs import accumulate_dtype
 from bvpo_kernels.grad_stats import ops  # noqa: F401  (registers the operators)
+from bvpo_kernels.grad_stats.forms import Form, round_to
 
 
 @dataclass
@@ -45,13 +46,27 @@ class Collection:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.plan.ranges_G2, self.plan.kinds_G, self.plan.seed
 
-    def check_tokens(self, name: str, leading: torch.Size) -> None:
-        """The batch's tokens must be the first axis, or the second after one of size 1."""
+    def token_axis(self, layer: Layer, leading: torch.Size) -> int:
+        """The axis of the batch's tokens that is to be brought to the front; 0 if none need be.
+
+        That of the probe; without one the first, or the second or third after one of size 1.
+        """
         # A size and not a number: a number would be a constant of a compiled graph.
         tokens = self.tokens_T.shape[0]
-        if leading[:1] != (tokens,) and leading[:2] != (1, tokens):
-            expected = f"an input whose leading axes are [1, {tokens}] or [{tokens}]"
-            raise ValueError(f"{name}: expected {expected}, got {list(leading)}")
+        axis = layer.axis
+        if axis is None or axis >= len(leading):
+            ambiguous = leading[1:3] == (tokens, tokens)
+            if leading[:1] == (tokens,) or (leading[:2] == (1, tokens) and not ambiguous):
+                return 0
+            axis = 2 if leading[:1] == (1,) and not ambiguous else None
+        if axis is None or leading[axis : axis + 1] != (tokens,):
+            expected = (
+                f"an input whose leading axes are [1, {tokens}], [{tokens}] or [1, H, {tokens}]"
+            )
+            raise ValueError(
+                f"{layer.name}: expected {expected}, got {list(leading)}; freeze its parameters"
+            )
+        return axis if any(size != 1 for size in leading[:axis]) else 0
 
 
 @dataclass(frozen=True)
@@ -59,18 +74,22 @@ class Layer:
     """A module with trained parameters of its own, and where it stands in the statistics.
 
     index: its place in the record. weight, bias: indices of the trained parameters, None for
-    frozen or absent ones. tied: its weight is the input embedding and the head's at once.
+    frozen or absent ones. tied: its weight is the input embedding and the head's at once. axis: of
+    the tokens in its input, None where it was not seen before.
     """
 
     name: str
     module: nn.Module
-    kind: str
+    form: Form
     index: int
     weight: int | None
     bias: int | None
     tied: bool = False
-    eps: float = 0.0
-    centered: bool = False
+    axis: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.form.kind
 
 
 def autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -85,15 +104,25 @@ def _kept(collection: Collection, index: int | None) -> Tensor | None:
     return None if index is None else collection.kept[index]
 
 
+def _by_token(tensor: Tensor, axis: int) -> Tensor:
+    """Rows [T * n, D], those of a token after those of the token before."""
+    if axis:
+        tensor = tensor.movedim(axis, 0)
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def linear(layer: Layer, collection: Collection, x: Tensor) -> Tensor:
     """x W^T + b."""
-    collection.check_tokens(layer.name, x.shape[:-1])
+    axis = collection.token_axis(layer, x.shape[:-1])
     module: Any = layer.module
     x, weight, bias = autocast(x.device.type, x, module.weight, module.bias)  # type: ignore
     carrier = collection.carrier_GUD if layer.tied else None
+    kept = _kept(collection, layer.weight)
+    if layer.form.transposed:
+        weight, kept = weight.mT, None if kept is None else kept.mT  # type: ignore[union-attr]
     return _Linear.apply(
-        x, weight, bias, collection.record, _kept(collection, layer.weight),
-        _kept(collection, layer.bias), carrier, collection.rows_U, *collection.tensors(),
+        x, weight, bias, collection.record, kept,
+        _kept(collection, layer.bias), carrier, collection.rows_U, *collection.tensors(), axis,
         (*collection.static, layer.index),
     )  # fmt: skip
 
@@ -102,10 +131,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weight, bias, record, kept_weight, kept_bias, carrier, rows, ranges, kinds, seed,
-        static,
+        axis, static,
     ):  # fmt: skip
         ctx.save_for_backward(x, weight, rows, ranges, kinds, seed)
-        ctx.static = static
+        ctx.axis, ctx.static = axis, static
         ctx.carried = carrier is not None
         ctx.kept = (kept_weight is not None, kept_bias is not None)
         return F.linear(x, weight, bias)
@@ -117,20 +146,29 @@ class _Linear(torch.autograd.Function):
         dx = dy @ weight if need_x else None
         dweight, dbias, record, kept_weight, kept_bias, drows = (
             torch.ops.bvpo.grouped_linear_backward(
-                dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), need_weight, need_bias,
+                _by_token(dy, ctx.axis), _by_token(x, ctx.axis), need_weight, need_bias,
                 rows if ctx.carried else None, *tensors, *ctx.static,
             )
         )  # fmt: skip
         return (
             dx, dweight if need_weight else None, dbias if need_bias else None, record,
             kept_weight if ctx.kept[0] else None, kept_bias if ctx.kept[1] else None,
-            drows if ctx.carried else None, *[None] * 5,
+            drows if ctx.carried else None, *[None] * 6,
         )  # fmt: skip
 
 
 def embedding(layer: Layer, collection: Collection, ids: Tensor) -> Tensor:
-    """Rows of the weight."""
-    collection.check_tokens(layer.name, ids.shape)
+    """Rows of the weight, by its scale."""
+    if collection.token_axis(layer, ids.shape):
+        raise ValueError(f"{layer.name}: expected ids whose first axes are the tokens")
+    rows = _rows(layer, collection, ids)
+    if layer.form.scale == 1:
+        return rows
+    scale, rounded = layer.form.scale, layer.form.scale_rounded
+    return rows * (round_to(scale, rows.dtype) if rounded else scale)
+
+
+def _rows(layer: Layer, collection: Collection, ids: Tensor) -> Tensor:
     module: Any = layer.module
     padding = -1 if module.padding_idx is None else module.padding_idx
     common = (collection.record, _kept(collection, layer.weight), *collection.tensors())
@@ -190,12 +228,12 @@ class _CarryingEmbedding(torch.autograd.Function):
 
 def norm(layer: Layer, collection: Collection, x: Tensor, y: Tensor) -> Tensor:
     """y, the module's own result: its own backward stays, the statistics come from dY and x."""
-    collection.check_tokens(layer.name, x.shape[:-1])
+    axis = collection.token_axis(layer, x.shape[:-1])
     needs = (layer.weight is not None, layer.bias is not None)
     return _Norm.apply(
         y, x.detach(), collection.record, _kept(collection, layer.weight),
-        _kept(collection, layer.bias), *collection.tensors(), (layer.eps, layer.centered, *needs),
-        (*collection.static, layer.index),
+        _kept(collection, layer.bias), *collection.tensors(),
+        (axis, layer.form.eps, layer.form.centered, *needs), (*collection.static, layer.index),
     )  # fmt: skip
 
 
@@ -210,9 +248,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, *tensors = ctx.saved_tensors
-        size = x.shape[-1]
+        axis, *options = ctx.options
         record, kept_weight, kept_bias = torch.ops.bvpo.grouped_norm_statistics(
-            dy.reshape(-1, size), x.reshape(-1, size), *ctx.options, *tensors, *ctx.static
+            _by_token(dy, axis), _by_token(x, axis), *options, *tensors, *ctx.static
         )
         return (
             dy, None, record, kept_weight if ctx.kept[0] else None,
@@ -231,7 +269,7 @@ def head_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies; `options` as `linear_logprobs_forward` takes them, without
     `need_unit_grad`."""
-    collection.check_tokens(layer.name, hidden.shape[:-1])
+    collection.token_axis(layer, hidden.shape[:-1])
     carrier = collection.carrier_GUD if layer.tied else None
     return _Head.apply(
         hidden, weight, target, bias, collection.record, _kept(collection, layer.weight),
