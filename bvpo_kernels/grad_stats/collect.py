@@ -417,9 +417,9 @@ def _check_uses(micro: MicroBatchStats, layout: Layout) -> list[str]:
     halves = [layout.names[i] for i, kinds in tied.items() if i in micro.moved and len(kinds) == 1]
     if halves:
         raise RuntimeError(
-            f"collect: expected both uses of the tied {halves} by their modules or linear_logprobs, "
-            f"got one: the gradient of the other was not measured; name the head, GradStats(model, "
-            f"head=module), or freeze the weight"
+            f"collect: expected both uses of the tied {halves} by their modules or "
+            f"linear_logprobs, got one: the gradient of the other was not measured; name the head, "
+            f"GradStats(model, head=module), or freeze the weight"
         )
     covered = {i for layer in layout.layers for i in (layer.weight, layer.bias)}
     return [layout.names[i] for i in micro.moved if i in covered and i not in used]

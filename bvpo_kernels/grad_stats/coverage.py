@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -109,6 +110,7 @@ def lay_out(model: nn.Module, mode: str, head: nn.Module | None) -> Layout:
         for candidate in candidates
         if (layer := _layer(candidate, mode, indices, owners)) is not None
     ]
+    layers = _whole(layers)
     covered = {i for layer in layers for i in (layer.weight, layer.bias) if i is not None}
     # The head's share of a weight that is left out is left out with it.
     heads = [
@@ -188,6 +190,12 @@ def _layer(
         name=name, module=module, form=found, index=0, weight=place.get("weight"),
         bias=place.get("bias"), tied=tied, axis=axis,
     )  # fmt: skip
+
+
+def _whole(layers: list[Layer]) -> list[Layer]:
+    """Without the layers whose tied weight another layer uses that cannot be measured."""
+    uses = Counter(layer.weight for layer in layers)
+    return [layer for layer in layers if not layer.tied or uses[layer.weight] == 2]
 
 
 def _heads(model: nn.Module, head: nn.Module | None, indices: Mapping[int, int]) -> list[Layer]:

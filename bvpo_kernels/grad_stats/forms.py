@@ -105,13 +105,16 @@ def _norm_form(module: nn.Module, own: bool) -> Form | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(eps, float) or len(module._parameters) > 1:
         return None
-    return Form("norm", eps) if _is_rms_norm(module, weight.shape[0], eps) else None
+    for centered in _which_norm(module, weight.shape[0], eps):
+        return Form("norm", eps, centered)
+    return None
 
 
-def _is_rms_norm(module: nn.Module, size: int, eps: float) -> bool:
-    """Whether a forward of somebody else is an RMSNorm: asked of a copy with a weight of our own.
+def _which_norm(module: nn.Module, size: int, eps: float) -> list[bool]:
+    """Whether a forward of somebody else is an RMSNorm, [False], or a LayerNorm, [True]; []: none.
 
-    It is asked where it will run: liger-kernel's runs on a GPU only, and is refused on a CPU.
+    Asked of a copy with a weight of our own, where it will run: liger-kernel's runs on a GPU only,
+    and is refused on a CPU.
     """
     probe, device = _copy(module), _where(module)
     values = torch.arange(3 * size, dtype=torch.float32, device=device).reshape(1, 3, size)
@@ -124,9 +127,14 @@ def _is_rms_norm(module: nn.Module, size: int, eps: float) -> bool:
             y = forward(probe, x)
             (gradient,) = torch.autograd.grad(y, weight, dy.clone())
         except Exception:  # not a module that maps one tensor to one tensor with this weight
-            return False
-    expected = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * dy).sum((0, 1))
-    return bool(torch.allclose(gradient, expected, rtol=1e-4, atol=1e-4))
+            return []
+    found = []
+    for centered in (False, True):
+        centre = x - x.mean(-1, keepdim=True) if centered else x
+        xhat = centre * torch.rsqrt(centre.square().mean(-1, keepdim=True) + eps)
+        if torch.allclose(gradient, (xhat * dy).sum((0, 1)), rtol=1e-4, atol=1e-4):
+            found.append(centered)
+    return found
 
 
 def _copy(module: nn.Module, **attributes: Any) -> Any:
