@@ -6,13 +6,14 @@ autograd's threads, which see no context of the thread that called `backward`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
 
 
 class HeadStatistics(Protocol):
-    """What `linear_logprobs` and instrumented layers ask of the running collection."""
+    """What `linear_logprobs`, `bvpo_loss` and instrumented layers ask of the collection."""
 
     collection: Any
 
@@ -20,6 +21,10 @@ class HeadStatistics(Protocol):
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
         owner: tuple[Any, Any], options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor] | None: ...  # fmt: skip
+
+    def report_loss(
+        self, by_unit: Mapping[str, Tensor], by_pair: Mapping[str, Tensor], exact: bool
+    ) -> None: ...
 
 
 active: HeadStatistics | None = None

@@ -75,7 +75,7 @@ def test_parallelogram():
     joint = [Unit(u.unit_id, {"both": [*u.pairs[TRACE], *u.pairs[EMPTY]]}) for u in units]
     batch = pack(joint, kinds=("both",))
     stats = GradStats(policy)
-    with stats.collect(batch):
+    with stats.collect(batch, {"both": 1.0}):
         cases.dpo(policy, batch, {"both": 2.0 * len(units)}, {"both": 2 * len(units)}).backward()
     torch.testing.assert_close(
         stats.result().gram_BKK[:, 0, 0], gram.sum((1, 2)), rtol=1e-10, atol=0

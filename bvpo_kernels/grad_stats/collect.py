@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from bvpo_kernels.grad_stats.combine import MicroBatchStats, combine
 from bvpo_kernels.grad_stats.coverage import Coverage, Layout, UncoveredError, lay_out
 from bvpo_kernels.grad_stats.layers import Collection, Layer
 from bvpo_kernels.grad_stats.probe import replaced_forwards
+from bvpo_kernels.grad_stats.scale import LossReport, LossScale, Scale
 from bvpo_kernels.mixing import StepStats
 from bvpo_kernels.types import PackedBatch
 
@@ -33,14 +33,16 @@ class GradStats:
 
         stats = GradStats(model)
         for micro in micro_batches:
-            with stats.collect(micro.batch, kind_scale={"trace": a / n, "empty": (1 - a) / n}):
-                loss(model, micro).backward()
+            with stats.collect(micro.batch):
+                bvpo_loss(score(model, micro), ...).loss.backward()
         step_stats = stats.result()          # what AlphaEstimator.update takes
 
-    g_k,i is the gradient, over the covered trained parameters, of the sum of the losses of the
-    pairs of kind k in unit i. `.grad` receives what it would receive without the statistics. Both
-    the forward and the backward of a micro-batch belong inside `collect`: layers run instrumented
-    forwards there. No hooks are used; activation checkpointing must be non-reentrant.
+    g_k,i is the gradient, over the covered trained parameters, of the mean of the losses of the
+    pairs of kind k in unit i, as `bvpo_loss` weighs them. `.grad` receives what it would receive
+    without the statistics. Both the forward and the backward of a micro-batch belong inside
+    `collect`: layers run instrumented forwards there. No hooks are used; activation checkpointing
+    must be non-reentrant. What a layer can measure is judged now, in a forward of a few tokens
+    (where the weights are on the meta device or sharded: by its shapes in the first collection).
 
     | mode, cross | within a unit | units of one micro-batch | of different ones, and ranks |
     |---|---|---|---|
@@ -143,25 +145,33 @@ class GradStats:
     def collect(
         self,
         batch: PackedBatch,
-        kind_scale: Mapping[str, float] | None = None,
+        kind_scale: Scale | None = None,
         *,
         counted: bool = True,
-    ) -> Iterator[None]:
+    ) -> Iterator[LossScale]:
         """Measure the backward that runs inside; forward and backward of one micro-batch.
 
         Args:
             batch: what the model is run on, as one row of tokens.
             counted: False runs the layers as ever but leaves the units out of the step: for a rank
                 that has fewer micro-batches than another, and calls the model all the same.
-            kind_scale: kind -> factor of that kind's losses in the loss that is differentiated,
-                weight / number of pairs in the step for `bvpo_loss`; it is divided out, also where
-                the micro-batches of a step differ in it. None: 1. A kind of factor 0 has no
-                gradient to measure: clip alpha, to [.02, .98] say, or give the kind that should not
-                move the weights a factor far below rounding.
+            kind_scale: kind -> factor of a unit's gradient of that kind in the gradient of the loss
+                that is differentiated, weight / units of the step for a mean over pairs; it is
+                divided out, also where the micro-batches of a step differ in it. None: what
+                `bvpo_loss` says inside (`BVPOLoss.kind_scale`); 1 without one. Where both are
+                said their proportions must agree; weight / pairs of the step, which makes g_k,i a
+                sum over pairs, is served, too. A kind of factor 0 has no gradient to measure: clip
+                alpha, to [.02, .98] say, or give the kind that should not move the weights a
+                factor far below rounding.
+
+        Yields:
+            LossScale: its `scale(kind_scale)` says the factors of single kinds whose losses are
+            added to `bvpo_loss`'s, before the backward.
 
         Raises:
             ValueError: naming the argument: a unit without a kind, or already in this step; a
-                factor that is not a finite number > 0; trained parameters that cannot be measured.
+                factor that is not a finite number > 0, or not `bvpo_loss`'s; trained parameters
+                that cannot be measured.
             RuntimeError: another collection runs; no backward ran; a layer was used twice in a
                 forward (its products with itself would be missing), naming it; a gradient that
                 bypassed the layers, naming the parameter.
@@ -172,20 +182,25 @@ class GradStats:
             if self._micro_batches:
                 raise RuntimeError("collect: expected the same trained parameters within a step")
             self._arrange()
-        scales = _scales(batch, kind_scale)
+        scale = LossScale(batch, kind_scale, self._expect if self.cross == "exact" else None)
         self._check_batch(batch, counted)
-        self._rescale(scales)
         collection = self._open(batch)
         before = self._gradient_versions()
-        self.collection, scope.active = collection, self
+        self.collection, self._scale, scope.active = collection, scale, self
         modules = [layer.module for layer in self._layout.layers]
         try:
             with replaced_forwards(modules, self._forwards):
-                yield
+                yield scale
         finally:
             scope.active = None
-            del self.collection
-        self._close(batch, collection, scales, before, counted)
+            del self.collection, self._scale
+        self._close(batch, collection, scale, before, counted)
+
+    def report_loss(
+        self, by_unit: Mapping[str, Tensor], by_pair: Mapping[str, Tensor], exact: bool
+    ) -> None:
+        """For `bvpo_loss`: the factors of the loss that it returns."""
+        self._scale.report(LossReport(by_unit, by_pair, exact))
 
     def head_logprobs(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
@@ -264,7 +279,7 @@ class GradStats:
 
     def reset(self) -> None:
         """Forget what was collected since the last `result`, for a step that is given up."""
-        self._micro_batches, self._kind_sums = [], None
+        self._micro_batches, self._kind_sums, self._kind_scales = [], None, ()
 
     def _check_batch(self, batch: PackedBatch, counted: bool) -> None:
         """Every unit once in the step and with every kind; kinds as before."""
@@ -287,6 +302,25 @@ class GradStats:
         first = self._micro_batches[0] if self._micro_batches else None
         if first is not None and first.kinds != batch.kinds:
             raise ValueError(f"batch: expected the kinds {first.kinds}, got {batch.kinds}")
+
+    def _resolved(self, scale: LossScale) -> tuple[float, ...]:
+        scales = scale.resolve()
+        if self._kind_scales == ():
+            self._kind_scales = scales
+        if self.cross == "exact" and scales != self._kind_scales:
+            raise ValueError(
+                f"kind_scale: expected {self._kind_scales} as before, where nothing is said, got "
+                f"{scales}"
+            )
+        return scales
+
+    def _expect(self, scales: tuple[float, ...]) -> None:
+        """The factors of the backward to come are known."""
+        running: Any = self.__dict__.get("collection")
+        if running is not None and running.record.grad is not None and scales != self._kind_scales:
+            self.reset()
+            raise RuntimeError("kind_scale: expected before the backward, got it after")
+        self._rescale(scales)
 
     def _rescale(self, scales: tuple[float, ...]) -> None:
         """Bring the kind sums so far to other factors of the losses: micro-batches may differ in
@@ -351,12 +385,17 @@ class GradStats:
         self,
         batch: PackedBatch,
         collection: Collection,
-        scales: tuple[float, ...],
+        scale: LossScale,
         before: list[tuple[int, int]],
         counted: bool,
     ) -> None:
         if collection.record.grad is None:
             raise RuntimeError("collect: expected a backward inside, none reached a trained layer")
+        try:
+            scales = self._resolved(scale) if counted else (1.0,) * len(batch.kinds)
+        except ValueError:
+            self.reset()  # the kind sums hold a part of unknown factors
+            raise
         after = self._gradient_versions()
         sketches = None
         if collection.plan.sketch:
@@ -396,20 +435,6 @@ def _leaf(plan: Plan, parameter: Tensor, device: torch.device) -> Tensor | None:
         return None
     zero = torch.zeros((), dtype=accumulate_dtype(parameter.dtype), device=device)
     return zero.expand(kept_shape(plan, tuple(parameter.shape))).requires_grad_()
-
-
-def _scales(batch: PackedBatch, kind_scale: Mapping[str, float] | None) -> tuple[float, ...]:
-    if kind_scale is None:
-        return (1.0,) * len(batch.kinds)
-    if set(kind_scale) != set(batch.kinds):
-        raise ValueError(f"kind_scale: expected {batch.kinds}, got {tuple(kind_scale)}")
-    for kind, scale in kind_scale.items():
-        if not math.isfinite(scale) or not scale > 0:
-            raise ValueError(
-                f"kind_scale[{kind!r}]: expected a finite number > 0 (a kind without a gradient "
-                f"cannot be measured), got {scale}"
-            )
-    return tuple(float(kind_scale[kind]) for kind in batch.kinds)
 
 
 def _check_uses(micro: MicroBatchStats, layout: Layout) -> list[str]:

@@ -34,7 +34,7 @@ class Coverage:
 class UncoveredError(ValueError):
     """Trained parameters that no layer can measure. coverage: which, and how many."""
 
-    def __init__(self, coverage: Coverage, option: str = "strict") -> None:
+    def __init__(self, coverage: Coverage) -> None:
         self.coverage = coverage
         names = list(coverage.uncovered[:_NAMED])
         more = len(coverage.uncovered) - len(names)
@@ -43,7 +43,8 @@ class UncoveredError(ValueError):
             f"each used by one layer (or tied to the head) once per forward on all tokens; cannot "
             f"measure {names}{f' and {more} more' if more else ''} "
             f"({100 * (1 - coverage.share):.3g} % of what is trained): freeze them, or leave them "
-            f"out of the statistics with {option}=False"
+            f"out of the statistics with strict=False (BVPOConfig: stats_strict; train: "
+            f"alpha.estimate.strict)"
         )
 
 

@@ -8,7 +8,7 @@ from tiny_runs import make_cfg, make_trainer, make_units, read_lines
 
 from bvpo_kernels.mixing import alpha_star, unbiased
 from train import report
-from train.alpha import FixedAlpha, build_alpha, kind_scale
+from train.alpha import FixedAlpha, build_alpha
 from train.config import AlphaConfig, EstimateConfig
 
 
@@ -130,7 +130,6 @@ def test_measuring_does_not_change_the_training(tmp_path):
 
 def test_sources():
     assert isinstance(build_alpha(AlphaConfig(fixed=0.3)), FixedAlpha)
-    assert kind_scale(0.25, 4) == {"trace": 0.0625, "empty": 0.1875}
     with pytest.raises(ValueError, match=r"alpha.fixed: .*got 1.5"):
         build_alpha(AlphaConfig(fixed=1.5))
     assert [build_alpha(AlphaConfig(fixed=a)).value() for a in (0.0, 1.0)] == [0.0, 1.0]
