@@ -39,10 +39,11 @@ def score_batch(model: nn.Module, batch: PackedBatch) -> Tensor:
             positions), or the batch is on another device.
     """
     bare = _unwrapped(model)
-    device = next(bare.parameters()).device
-    if batch.tokens_T.device != device and "meta" not in (device.type, batch.tokens_T.device.type):
+    weight, device = next(bare.parameters()), batch.tokens_T.device
+    # Sharded and offloaded weights may rest elsewhere than they are used.
+    if weight.device != device and not weight.is_meta and not isinstance(weight, DTensor):
         raise ValueError(
-            f"batch: expected one on the model's device {device}, got {batch.tokens_T.device}; "
+            f"batch: expected one on the model's device {weight.device}, got {device}; "
             f"batch.to(device) moves it"
         )
     attention = getattr(bare.config, "_attn_implementation", None)
