@@ -104,37 +104,33 @@ def _kept(collection: Collection, index: int | None) -> Tensor | None:
     return None if index is None else collection.kept[index]
 
 
-def _by_token(tensor: Tensor, axis: int) -> Tensor:
-    """Rows [T * n, D], those of a token after those of the token before."""
-    if axis:
-        tensor = tensor.movedim(axis, 0)
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
 def linear(layer: Layer, collection: Collection, x: Tensor) -> Tensor:
     """x W^T + b."""
     axis = collection.token_axis(layer, x.shape[:-1])
+    if axis:  # the rows of a token after those of the token before
+        x = x.movedim(axis, 0)
     module: Any = layer.module
     x, weight, bias = autocast(x.device.type, x, module.weight, module.bias)  # type: ignore
     carrier = collection.carrier_GUD if layer.tied else None
     kept = _kept(collection, layer.weight)
     if layer.form.transposed:
         weight, kept = weight.mT, None if kept is None else kept.mT  # type: ignore[union-attr]
-    return _Linear.apply(
+    y = _Linear.apply(
         x, weight, bias, collection.record, kept,
-        _kept(collection, layer.bias), carrier, collection.rows_U, *collection.tensors(), axis,
+        _kept(collection, layer.bias), carrier, collection.rows_U, *collection.tensors(),
         (*collection.static, layer.index),
     )  # fmt: skip
+    return y.movedim(0, axis) if axis else y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weight, bias, record, kept_weight, kept_bias, carrier, rows, ranges, kinds, seed,
-        axis, static,
+        static,
     ):  # fmt: skip
         ctx.save_for_backward(x, weight, rows, ranges, kinds, seed)
-        ctx.axis, ctx.static = axis, static
+        ctx.static = static
         ctx.carried = carrier is not None
         ctx.kept = (kept_weight is not None, kept_bias is not None)
         return F.linear(x, weight, bias)
@@ -146,14 +142,14 @@ class _Linear(torch.autograd.Function):
         dx = dy @ weight if need_x else None
         dweight, dbias, record, kept_weight, kept_bias, drows = (
             torch.ops.bvpo.grouped_linear_backward(
-                _by_token(dy, ctx.axis), _by_token(x, ctx.axis), need_weight, need_bias,
+                dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), need_weight, need_bias,
                 rows if ctx.carried else None, *tensors, *ctx.static,
             )
         )  # fmt: skip
         return (
             dx, dweight if need_weight else None, dbias if need_bias else None, record,
             kept_weight if ctx.kept[0] else None, kept_bias if ctx.kept[1] else None,
-            drows if ctx.carried else None, *[None] * 6,
+            drows if ctx.carried else None, *[None] * 5,
         )  # fmt: skip
 
 
@@ -229,12 +225,15 @@ class _CarryingEmbedding(torch.autograd.Function):
 def norm(layer: Layer, collection: Collection, x: Tensor, y: Tensor) -> Tensor:
     """y, the module's own result: its own backward stays, the statistics come from dY and x."""
     axis = collection.token_axis(layer, x.shape[:-1])
+    if axis:
+        x, y = x.movedim(axis, 0), y.movedim(axis, 0)
     needs = (layer.weight is not None, layer.bias is not None)
-    return _Norm.apply(
+    y = _Norm.apply(
         y, x.detach(), collection.record, _kept(collection, layer.weight),
         _kept(collection, layer.bias), *collection.tensors(),
-        (axis, layer.form.eps, layer.form.centered, *needs), (*collection.static, layer.index),
+        (layer.form.eps, layer.form.centered, *needs), (*collection.static, layer.index),
     )  # fmt: skip
+    return y.movedim(0, axis) if axis else y
 
 
 class _Norm(torch.autograd.Function):
@@ -248,9 +247,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, *tensors = ctx.saved_tensors
-        axis, *options = ctx.options
+        size = x.shape[-1]
         record, kept_weight, kept_bias = torch.ops.bvpo.grouped_norm_statistics(
-            _by_token(dy, axis), _by_token(x, axis), *options, *tensors, *ctx.static
+            dy.reshape(-1, size), x.reshape(-1, size), *ctx.options, *tensors, *ctx.static
         )
         return (
             dy, None, record, kept_weight if ctx.kept[0] else None,

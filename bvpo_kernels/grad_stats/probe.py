@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from bvpo_kernels.modules import causal_models, evaluating
@@ -52,7 +53,8 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Use]
 
 def _is_elsewhere(parameter: Tensor) -> bool:
     flat = type(parameter).__name__ == "FlatParameter"  # FSDP1
-    return parameter.is_meta or isinstance(parameter, DTensor) or flat or not parameter.numel()
+    hollow = parameter.is_meta or isinstance(parameter, DTensor | FakeTensor)
+    return hollow or flat or not parameter.numel()
 
 
 def _free_length(model: Any) -> int:
