@@ -14,10 +14,11 @@ from bvpo_kernels.eager.grad_stats import Plan, kept_shape
 from bvpo_kernels.eager.logprobs import accumulate_dtype
 from bvpo_kernels.grad_stats import layers as grouped
 from bvpo_kernels.grad_stats.combine import MicroBatchStats, combine
-from bvpo_kernels.grad_stats.coverage import Coverage, Layout, UncoveredError, lay_out
+from bvpo_kernels.grad_stats.coverage import Coverage, UncoveredError, lay_out
 from bvpo_kernels.grad_stats.layers import Collection, Layer
 from bvpo_kernels.grad_stats.probe import replaced_forwards
 from bvpo_kernels.grad_stats.scale import LossReport, LossScale, Scale
+from bvpo_kernels.grad_stats.uses import bypassing
 from bvpo_kernels.mixing import StepStats
 from bvpo_kernels.types import PackedBatch
 
@@ -254,7 +255,7 @@ class GradStats:
         self.reset()
         self._step += 1
         for micro in micro_batches:
-            bypassed = _check_uses(micro, self._layout)
+            bypassed = bypassing(micro, self._layout)
             if bypassed and self.strict:
                 raise RuntimeError(
                     f"collect: expected gradients of {bypassed} from their layers' own forwards; "
@@ -435,29 +436,3 @@ def _leaf(plan: Plan, parameter: Tensor, device: torch.device) -> Tensor | None:
         return None
     zero = torch.zeros((), dtype=accumulate_dtype(parameter.dtype), device=device)
     return zero.expand(kept_shape(plan, tuple(parameter.shape))).requires_grad_()
-
-
-def _check_uses(micro: MicroBatchStats, layout: Layout) -> list[str]:
-    """Each layer at most once per backward; the covered parameters with a gradient without it."""
-    uses = micro.record[-layout.num_layers :].round().long().tolist()
-    used: set[int | None] = set()
-    tied: dict[int, set[str]] = {weight: set() for weight in layout.shared}
-    for layer in (*layout.layers, *layout.heads):
-        if uses[layer.index] > 1:
-            raise RuntimeError(
-                f"{layer.name}: expected one use of the layer per collection, got "
-                f"{uses[layer.index]}: its gradients of different uses were not multiplied"
-            )
-        if uses[layer.index]:
-            used |= {layer.weight, layer.bias}
-            if layer.weight in tied:
-                tied[layer.weight].add(layer.kind)
-    halves = [layout.names[i] for i, kinds in tied.items() if i in micro.moved and len(kinds) == 1]
-    if halves:
-        raise RuntimeError(
-            f"collect: expected both uses of the tied {halves} by their modules or "
-            f"linear_logprobs, got one: the gradient of the other was not measured; name the head, "
-            f"GradStats(model, head=module), or freeze the weight"
-        )
-    covered = {i for layer in layout.layers for i in (layer.weight, layer.bias)}
-    return [layout.names[i] for i in micro.moved if i in covered and i not in used]

@@ -25,6 +25,10 @@ class Use(NamedTuple):
     axis: int | None
 
 
+class _Calls(dict[str, list[tuple[int, ...] | None]]):
+    """The leading sizes of the input of each call of a layer; None for another kind of call."""
+
+
 def observe(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Use]:
     """How a forward of each causal LM of transformers in `model` calls `layers`, by name.
 
@@ -33,15 +37,14 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Use]
     needs other inputs): these are judged in the first collection. Layers whose names differ by
     numbers alone share a verdict: an expert that saw no token is one that sees some.
     """
-    calls: dict[str, list[tuple[int, ...] | None]] = {}
-    tokens = 0
+    uses: dict[str, Use] = {}
     for causal in causal_models(model):
         if any(_is_elsewhere(p) for p in causal.parameters()):
             continue
-        tokens = _free_length(causal)
+        tokens, calls = _free_length(causal), _Calls()
         with evaluating(causal), _recording(layers, calls):
             _run(causal, tokens, calls)
-    uses = {name: Use(_token_axis(found, tokens)) for name, found in calls.items()}
+        uses |= {name: Use(_token_axis(found, tokens)) for name, found in calls.items()}
     siblings: dict[str, list[str]] = {}
     for name in layers:
         siblings.setdefault(re.sub(r"\d+", "#", name), []).append(name)
@@ -65,11 +68,10 @@ def _free_length(model: Any) -> int:
 
 
 @torch.no_grad()
-def _run(model: Any, tokens: int, calls: dict[str, Any]) -> None:
+def _run(model: Any, tokens: int, calls: _Calls) -> None:
     embedding = model.get_input_embeddings().weight
     ids = [(7919 * n + 11) % embedding.shape[0] for n in range(tokens)]
     ids_1T = torch.tensor([ids], device=embedding.device)
-    before = dict(calls)
     # Some attentions serve half precision alone, as the model will be run under autocast.
     for half in (False, True):
         cast = torch.autocast(embedding.device.type, torch.bfloat16, enabled=half)
@@ -79,25 +81,22 @@ def _run(model: Any, tokens: int, calls: dict[str, Any]) -> None:
             return
         except Exception:  # the first collection will say what this model needs
             calls.clear()
-            calls |= before
 
 
 @contextmanager
-def _recording(layers: Mapping[str, nn.Module], calls: dict[str, Any]) -> Iterator[None]:
-    forwards = [
-        _recorded(name, module.forward, calls.setdefault) for name, module in layers.items()
-    ]
+def _recording(layers: Mapping[str, nn.Module], calls: _Calls) -> Iterator[None]:
+    forwards = [_recorded(name, module.forward, calls) for name, module in layers.items()]
     with replaced_forwards(list(layers.values()), forwards):
         yield
 
 
-def _recorded(name: str, forward: Callable[..., Any], entry: Callable[..., Any]) -> Any:
+def _recorded(name: str, forward: Callable[..., Any], calls: _Calls) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
         single = len(given) == 1 and isinstance(given[0], Tensor)
         ids = single and not given[0].is_floating_point()
         shape = (tuple(given[0].shape) if ids else tuple(given[0].shape[:-1])) if single else None
-        entry(name, []).append(shape)
+        calls.setdefault(name, []).append(shape)
         return forward(*args, **kwargs)
 
     return run
