@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.registry import Gate, Outputs
-from bvpo_kernels import testing
+from bvpo_kernels.oracles import testing
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Verdict:
 def judge(outputs: Outputs, gate: Gate) -> Verdict:
     """Compare what a row returned for `gate.inputs` with the oracle, output by output.
 
-    The tolerance, `bvpo_kernels.testing.assert_accurate`, is twice (naive error plus an ulp), and
-    the `bound:NAME` that the row states for NAME.
+    The tolerance, `oracles.testing.assert_accurate`, is twice (naive error plus an ulp), and the
+    `bound:NAME` that the row states for NAME.
     """
     selected = gate.select(outputs)
     missing = sorted(gate.oracle.keys() - selected.keys())

@@ -6,7 +6,7 @@ Shape suffixes, used everywhere: T tokens, S segments, P pairs, G groups, D hidd
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -107,12 +107,15 @@ class BVPOLoss:
 
     `loss` carries the gradient; `kind_losses` are the per-kind losses (mean over the pairs of that
     kind in the whole step, so micro-batches sum), `metrics` are detached scalars under TRL's names
-    with the kind in front (`trace/rewards/margins`).
+    with the kind in front (`trace/rewards/margins`). kind_scale: factor of a unit's gradient of a
+    kind in that of `loss`, the kind's weight over the units of the step that have it, detached
+    0-dim fp64: with several pairs the unit's gradient is the mean of theirs.
     """
 
     loss: Tensor
     kind_losses: Mapping[str, Tensor]
     metrics: Mapping[str, Tensor]
+    kind_scale: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def trace_loss(self) -> Tensor:

@@ -28,7 +28,6 @@ from bvpo_kernels import TokenPair, Unit, bvpo_loss, pack, segment_sum
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import MARGINAL, Moments, StepStats
 from bvpo_kernels.types import EMPTY, TRACE, PackedBatch
-from train.alpha import kind_scale
 from train.head import FusedHeadLM
 
 KINDS = (TRACE, EMPTY, MARGINAL)
@@ -236,8 +235,8 @@ def measure(
     stats: GradStats, policy: FusedHeadLM, reference: FusedHeadLM, index_B: Tensor, alpha: float
 ) -> StepStats:
     """What `GradStats` sees of one step."""
-    batch, count = pack(units(index_B)), len(index_B)
-    with stats.collect(batch, kind_scale(alpha, count)):
+    batch = pack(units(index_B))
+    with stats.collect(batch):
         backward(policy, reference, batch, alpha)
     return stats.result()
 
@@ -253,7 +252,7 @@ def measure_mixture(
     kinds = tuple(weights)
     batch = pack(units(index_B, kinds), kinds=kinds)
     policy.zero_grad()
-    with stats.collect(batch, {kind: w / len(index_B) for kind, w in weights.items()}):
+    with stats.collect(batch):
         backward(policy, reference, batch, weights)
     return stats.result()
 
@@ -264,7 +263,8 @@ def measure_marginal(
     """The three kinds, the marginal's loss taken over all traces; every loss has weight 1."""
     batch = pack(units(index_B, KINDS), kinds=KINDS)
     counts = {kind: float(len(index_B)) for kind in KINDS[:2]}
-    with stats.collect(batch):
+    with stats.collect(batch) as scale:
+        scale.scale({MARGINAL: 1.0})
         scores_S = scores(policy, batch)
         with torch.no_grad():
             ref_S = scores(reference, batch)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bvpo_kernels import linear_logprobs
-from bvpo_kernels.testing import assert_accurate
+from bvpo_kernels.oracles.testing import assert_accurate
 
 
 @dataclass

@@ -6,7 +6,7 @@ from logprob_cases import Case
 
 from bvpo_kernels import backends, ops
 from bvpo_kernels.call import Call, Inputs
-from bvpo_kernels.testing import assert_accurate
+from bvpo_kernels.oracles.testing import assert_accurate
 
 pytestmark = pytest.mark.skipif(bool(backends.MISSING["cpp"]), reason=backends.MISSING["cpp"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bvpo_kernels import Unit, linear_logprobs, pack
 from bvpo_kernels.grad_stats import GradStats
-from bvpo_kernels.head import scope
+from bvpo_kernels import scope
 from bvpo_kernels.types import EMPTY, TRACE
 from train.head import FusedHeadLM
 

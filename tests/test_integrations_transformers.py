@@ -15,7 +15,7 @@ import transformers as hf
 from torch import nn
 
 from bvpo_kernels.integrations.transformers import patch_model
-from bvpo_kernels.testing import assert_accurate
+from bvpo_kernels.oracles.testing import assert_accurate
 
 IDS = torch.tensor([[5, 9, 2, 40, 7, 88, 3], [1, 90, 17, 4, 4, 60, 33]])
 LABELS = IDS.clone()

@@ -9,7 +9,7 @@ from bvpo_kernels import backends
 from bvpo_kernels.backends import schedule
 from bvpo_kernels.backends.schedule import MAX, finish_rows
 from bvpo_kernels.call import Call, Head, Inputs, Kept, Need
-from bvpo_kernels.testing import assert_accurate, max_error
+from bvpo_kernels.oracles.testing import assert_accurate, max_error
 
 if backends.MISSING["triton"]:
     pytest.skip(backends.MISSING["triton"], allow_module_level=True)

@@ -5,7 +5,7 @@ import torch
 from logprob_cases import Case, run
 
 from bvpo_kernels import backends, linear_logprobs, segment_sum
-from bvpo_kernels.testing import assert_accurate
+from bvpo_kernels.oracles.testing import assert_accurate
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from logprob_cases import Case, compare, run, with_options
 from bvpo_kernels import backends, linear_logprobs
 from bvpo_kernels.backends.eager.engine import cpu_multiplies
 from bvpo_kernels.call import Call, Inputs
-from bvpo_kernels.testing import assert_accurate, max_error
+from bvpo_kernels.oracles.testing import assert_accurate, max_error
 
 # Those that take CPU tensors here; tests/test_kernels_gpu.py is for the others.
 SERVING = ("eager", "cpp", "triton") if backends.INTERPRETED else ("eager", "cpp")

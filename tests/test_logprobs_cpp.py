@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from logprob_cases import Case, compare, order_of_sums, run
 
 from bvpo_kernels import backends, linear_logprobs
-from bvpo_kernels.testing import max_error
+from bvpo_kernels.oracles.testing import max_error
 
 pytestmark = pytest.mark.skipif(bool(backends.MISSING["cpp"]), reason=backends.MISSING["cpp"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,7 +6,7 @@ import torch
 from bvpo_kernels import linear_logprobs
 from bvpo_kernels.call import Call
 from bvpo_kernels.oracles import logprobs as reference
-from bvpo_kernels.testing import assert_accurate
+from bvpo_kernels.oracles.testing import assert_accurate
 
 # Ragged, more tokens than rank, several tiles of both tokens and vocabulary with a small workspace.
 T, D, V, R = 37, 20, 211, 3

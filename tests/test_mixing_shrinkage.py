@@ -10,7 +10,7 @@ from mixing_cases import KINDS, many_stats, population, stats, with_optimum
 
 from bvpo_kernels.mixing import AlphaEstimator, Moments, StepStats, alpha_star, unbiased
 from bvpo_kernels.mixing.shrinkage import credibility
-from bvpo_kernels.reference import mixing as oracle
+from bvpo_kernels.oracles import mixing as oracle
 
 
 def residual_variance(gradients_BKD, a):

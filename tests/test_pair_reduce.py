@@ -6,7 +6,7 @@ import torch
 from host_kernels import DEVICE, cuda_kernels
 
 from bvpo_kernels import backends
-from bvpo_kernels.testing import assert_accurate
+from bvpo_kernels.oracles.testing import assert_accurate
 
 IMPLS = ("eager", "cpp", "triton", "cuda")
 

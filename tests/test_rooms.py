@@ -11,11 +11,11 @@ PACKAGE = ROOT / "bvpo_kernels"
 # From the ground up: a room imports rooms before it. Rooms of one line do not know each other.
 FLOORS = [
     {"types", "checks", "call"},
-    {"backends", "oracles", "losses"},
-    {"mixing", "ops"},
+    {"scope", "backends", "oracles"},
+    {"losses", "mixing", "ops"},
     {"head", "packing"},
     {"grad_stats"},
-    {"integrations", "testing"},
+    {"integrations"},
 ]
 
 

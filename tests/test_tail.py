@@ -12,7 +12,7 @@ from bvpo_kernels import backends, linear_logprobs, ops
 from bvpo_kernels.backends import sparse as rule
 from bvpo_kernels.call import Call, Inputs, Kept
 from bvpo_kernels.head import tail_certificates
-from bvpo_kernels.testing import norm_error, ulp
+from bvpo_kernels.oracles.testing import norm_error, ulp
 
 IMPLS = [name for name in ("reference", "cpp") if not backends.MISSING[name]]
 FAST = [name for name in IMPLS if name != "reference"]

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from bvpo_kernels import backends, linear_logprobs
-from bvpo_kernels.testing import assert_accurate
+from bvpo_kernels.oracles.testing import assert_accurate
 
 RANKS = 2
 ALL = ("hidden", "weight", "bias")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import nn
 
 from bvpo_kernels.grad_stats import GradStats
-from bvpo_kernels.mixing import MARGINAL, AlphaEstimator, StepStats
-from bvpo_kernels.types import EMPTY, KINDS, TRACE
+from bvpo_kernels.mixing import AlphaEstimator, StepStats
 from train.config import AlphaConfig
-from train.marginal import UNTRAINED
 
 
 class AlphaSource(Protocol):
@@ -92,8 +90,8 @@ def build_stats(
     if estimate is None:
         return None
     return GradStats(
-        policy, estimate.mode, cross=estimate.cross, sketch_size=estimate.sketch_size, seed=seed,
-        head=head, within=estimate.target == "batch",
+        policy, estimate.mode, cross=estimate.cross, strict=estimate.strict,
+        sketch_size=estimate.sketch_size, seed=seed, head=head, within=estimate.target == "batch",
     )  # fmt: skip
 
 
@@ -107,13 +105,3 @@ def describe(stats: GradStats | None) -> str:
         f"measured in mode {stats.mode!r}{proxy}, over {coverage.covered} of {coverage.trained} "
         f"trained parameters ({100 * coverage.share:.3g} %)"
     )
-
-
-def kind_scale(alpha: float, num_units: int, kinds: Sequence[str] = KINDS) -> dict[str, float]:
-    """The factor of a unit's gradient in that of the step's loss, which the statistics divide out.
-
-    A kind's loss is a mean over its pairs, so with several pairs in a unit its gradient is their
-    mean, as that of the loss is the mean over units.
-    """
-    weights = {TRACE: alpha, EMPTY: 1.0 - alpha, MARGINAL: UNTRAINED}
-    return {kind: weights[kind] / num_units for kind in kinds}

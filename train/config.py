@@ -132,15 +132,18 @@ class EstimateConfig:
 
     mode: "exact" costs no further matrix product; "sketch" is cheaper in memory traffic; "norm" is
     a proxy over the norm weights alone. cross: how gradients of different micro-batches are
-    multiplied, in mode "exact". The weight is `initial` during `warmup` and while the steps do not
-    determine a*, and moves towards a* as they do; clip bounds it. reference "marginal"
-    needs extra traces in the pairs (kind "marginal"), target "batch" several of kind "trace".
+    multiplied, in mode "exact". strict: refuse a model some of whose trained weights no layer can
+    measure (experts, say); false leaves them out, and the report says how many. The weight is
+    `initial` during `warmup` and while the steps do not determine a*, and moves towards a* as they
+    do; clip bounds it. reference "marginal" needs extra traces in the pairs (kind "marginal"),
+    target "batch" several of kind "trace".
     """
 
     reference: Literal["trace", "marginal"] = "trace"
     target: Literal["population", "batch"] = "population"
     mode: Literal["exact", "sketch", "norm"] = "exact"
     cross: Literal["sketch", "exact"] = "sketch"
+    strict: bool = True
     sketch_size: int = 32
     ema_halflife: float = 16.0
     warmup: int = 8

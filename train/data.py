@@ -53,6 +53,11 @@ class Step:
     def kinds(self) -> tuple[str, ...]:
         return kinds_of(self.units)
 
+    @property
+    def unit_counts(self) -> dict[str, int]:
+        """Units that have a kind, per kind."""
+        return {k: sum(bool(unit.pairs.get(k)) for unit in self.units) for k in self.kinds}
+
 
 def count_pairs(units: Sequence[Unit]) -> dict[str, int]:
     """Pairs per kind, of every kind."""

@@ -48,13 +48,14 @@ class Objective:
 
     def loss(
         self, scores_S: Tensor, micro: MicroBatch, alpha: float, pair_counts: Mapping[str, int],
-        kl: Mapping[str, Tensor] | None,
+        kl: Mapping[str, Tensor] | None, unit_counts: Mapping[str, int] | None = None,
     ) -> BVPOLoss:  # fmt: skip
         batch = micro.batch.to(scores_S.device)
         weights = {TRACE: alpha, EMPTY: 1.0 - alpha, MARGINAL: 0.0}
         result = bvpo_loss(
             scores_S, self._reference_scores(micro), batch, {k: weights[k] for k in batch.kinds},
-            loss=self.cfg.name, beta=self.cfg.beta, pair_counts=pair_counts, kl=kl, **self.options,
+            loss=self.cfg.name, beta=self.cfg.beta, pair_counts=pair_counts,
+            unit_counts=unit_counts, kl=kl, **self.options,
         )  # fmt: skip
         if MARGINAL not in batch.kinds:
             return result

@@ -15,13 +15,14 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bvpo_kernels.grad_stats import LossScale
 from bvpo_kernels.head import Certificate, tail_certificates
 from bvpo_kernels.losses import LOSSES
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import BVPOLoss, Unit
 from train import head_memory, online, parallel, reference, report
 from train.adapters import save_adapter
-from train.alpha import build_alpha, build_stats, describe, kind_scale
+from train.alpha import build_alpha, build_stats, describe
 from train.checkpoint import Checkpointer, checkpoints
 from train.config import OptimConfig, RunConfig
 from train.data import MicroBatch, Step, StepPlan, load_units
@@ -265,9 +266,11 @@ class Trainer:
             for number, micro in enumerate(data.micro_batches, 1):
                 last = number == len(data.micro_batches)
                 synchronise(self.policy, last or self.cfg.parallel.sync_every_micro_batch)
-                with self._measured(micro, alpha, data):
+                with self._measured(micro) as scale:
                     with watch("forward"):
                         loss = self._loss(micro, alpha, data, kl, found)
+                    if scale is not None and found.ess is not None:
+                        scale.scale({MARGINAL: UNTRAINED / data.unit_counts[MARGINAL]})
                     with watch("backward"):
                         loss.backward()
         with watch("optimizer"):
@@ -296,22 +299,20 @@ class Trainer:
         if micro.is_filler:
             return 0.0 * scores_S.sum()
         found.problems += _non_finite_scores(scores_S, micro)
-        result = self.objective.loss(scores_S, micro, alpha, data.pair_counts, kl)
+        result = self.objective.loss(scores_S, micro, alpha, data.pair_counts, kl, data.unit_counts)
         found.metrics.add(result)
         found.problems += _non_finite_loss(result, micro)
         if found.ess is None:
             return result.loss
         marginal = self.objective.marginal(scores_S, micro)
         found.ess |= marginal.ess
-        return result.loss + UNTRAINED / len(data.units) * marginal.total
+        return result.loss + UNTRAINED / data.unit_counts[MARGINAL] * marginal.total
 
-    def _measured(self, micro: MicroBatch, alpha: float, data: Step) -> AbstractContextManager:
+    def _measured(self, micro: MicroBatch) -> AbstractContextManager[LossScale | None]:
         """Where a micro-batch runs: measured if alpha is estimated."""
         if self.stats is None:
             return nullcontext()
-        batch = micro.batch.to(self.policy.device)
-        scale = kind_scale(alpha, len(data.units), batch.kinds)
-        return self.stats.collect(batch, scale, counted=not micro.is_filler)
+        return self.stats.collect(micro.batch.to(self.policy.device), counted=not micro.is_filler)
 
     def _clip(self, data: Step, found: Findings) -> float:
         """Scale the gradient to `max_grad_norm`; returns its norm before that, over all ranks."""

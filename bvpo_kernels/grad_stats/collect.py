@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -10,13 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bvpo_kernels import scope
 from bvpo_kernels.backends.eager.grad_stats import kept_shape
 from bvpo_kernels.call import Call, Inputs, Plan, accumulate_dtype
 from bvpo_kernels.grad_stats import layers as grouped
 from bvpo_kernels.grad_stats.combine import MicroBatchStats, combine
-from bvpo_kernels.grad_stats.coverage import Coverage, Layout, lay_out
+from bvpo_kernels.grad_stats.coverage import Coverage, UncoveredError, lay_out
 from bvpo_kernels.grad_stats.layers import Collection, Layer
-from bvpo_kernels.head import scope
+from bvpo_kernels.grad_stats.probe import replaced_forwards
+from bvpo_kernels.grad_stats.scale import LossReport, LossScale, Scale
+from bvpo_kernels.grad_stats.uses import bypassing
 from bvpo_kernels.mixing import StepStats
 from bvpo_kernels.types import PackedBatch
 
@@ -32,14 +34,16 @@ class GradStats:
 
         stats = GradStats(model)
         for micro in micro_batches:
-            with stats.collect(micro.batch, kind_scale={"trace": a / n, "empty": (1 - a) / n}):
-                loss(model, micro).backward()
+            with stats.collect(micro.batch):
+                bvpo_loss(score(model, micro), ...).loss.backward()
         step_stats = stats.result()          # what AlphaEstimator.update takes
 
-    g_k,i is the gradient, over the covered trained parameters, of the sum of the losses of the
-    pairs of kind k in unit i. `.grad` receives what it would receive without the statistics. Both
-    the forward and the backward of a micro-batch belong inside `collect`: layers run instrumented
-    forwards there. No hooks are used; activation checkpointing must be non-reentrant.
+    g_k,i is the gradient, over the covered trained parameters, of the mean of the losses of the
+    pairs of kind k in unit i, as `bvpo_loss` weighs them. `.grad` receives what it would receive
+    without the statistics. Both the forward and the backward of a micro-batch belong inside
+    `collect`: layers run instrumented forwards there. No hooks are used; activation checkpointing
+    must be non-reentrant. What a layer can measure is judged now, in a forward of a few tokens
+    (where the weights are on the meta device or sharded: by its shapes in the first collection).
 
     | mode, cross | within a unit | units of one micro-batch | of different ones, and ranks |
     |---|---|---|---|
@@ -97,35 +101,39 @@ class GradStats:
         self.seed, self._step = seed, 0
         self._micro_batches: list[MicroBatchStats] = []
         self._kind_sums: list[Tensor | None] | None = None
+        self._kind_scales: tuple[float, ...] = ()  # the losses' factors within them
         self._arrange()
 
     @property
     def coverage(self) -> Coverage:
         """How many of the trained parameters are measured, and the names of the others."""
-        return self._layout.coverage
+        return self._layout.without(self._bypassed)
 
     def _arrange(self) -> None:
         self._layout = lay_out(self.model, self.mode, self.head)
-        missing = self._layout.coverage.uncovered
-        if missing and self.strict and self.mode != "norm":
-            raise ValueError(
-                f"model: expected trained parameters of Linear, Embedding and norm layers, each "
-                f"used by one layer (or tied to the head); cannot measure {list(missing)}; freeze "
-                f"them or pass strict=False"
-            )
+        if self._layout.coverage.uncovered and self.strict and self.mode != "norm":
+            raise UncoveredError(self._layout.coverage)
+        self._bypassed: set[str] = set()
         # Made once: a compiled model guards on the identity of a replaced forward.
         self._forwards = [self._instrumented(layer) for layer in self._layout.layers]
 
     def _instrumented(self, layer: Layer) -> Callable[..., Any]:
-        if layer.kind == "norm":
-            original = layer.module.forward
+        original = layer.module.forward
+        run = {"linear": grouped.linear, "embedding": grouped.embedding}.get(layer.kind)
 
-            def forward(x: Tensor) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            if not torch.is_grad_enabled():  # a reference's pass, a check: nothing to measure
+                return original(*args, **kwargs)
+            x, *more = *args, *kwargs.values()
+            if more:
+                raise ValueError(
+                    f"{layer.name}: expected one input, got {1 + len(more)}; freeze its parameters"
+                )
+            if run is None:
                 return grouped.norm(layer, _running(), x, original(x))
+            return run(layer, _running(), x)
 
-            return forward
-        run = {"linear": grouped.linear, "embedding": grouped.embedding}[layer.kind]
-        return lambda x: run(layer, _running(), x)
+        return forward
 
     def _changed(self) -> bool:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -138,24 +146,33 @@ class GradStats:
     def collect(
         self,
         batch: PackedBatch,
-        kind_scale: Mapping[str, float] | None = None,
+        kind_scale: Scale | None = None,
         *,
         counted: bool = True,
-    ) -> Iterator[None]:
+    ) -> Iterator[LossScale]:
         """Measure the backward that runs inside; forward and backward of one micro-batch.
 
         Args:
             batch: what the model is run on, as one row of tokens.
             counted: False runs the layers as ever but leaves the units out of the step: for a rank
                 that has fewer micro-batches than another, and calls the model all the same.
-            kind_scale: kind -> factor of that kind's losses in the loss that is differentiated,
-                weight / number of pairs in the step for `bvpo_loss`; it is divided out. None: 1.
-                A kind of factor 0 has no gradient to measure: clip alpha, to [.02, .98] say, or
-                give the kind that should not move the weights a factor far below rounding.
+            kind_scale: kind -> factor of a unit's gradient of that kind in the gradient of the loss
+                that is differentiated, weight / units of the step for a mean over pairs; it is
+                divided out, also where the micro-batches of a step differ in it. None: what
+                `bvpo_loss` says inside (`BVPOLoss.kind_scale`); 1 without one. Where both are
+                said their proportions must agree; weight / pairs of the step, which makes g_k,i a
+                sum over pairs, is served, too. A kind of factor 0 has no gradient to measure: clip
+                alpha, to [.02, .98] say, or give the kind that should not move the weights a
+                factor far below rounding.
+
+        Yields:
+            LossScale: its `scale(kind_scale)` says the factors of single kinds whose losses are
+            added to `bvpo_loss`'s, before the backward.
 
         Raises:
             ValueError: naming the argument: a unit without a kind, or already in this step; a
-                factor that is not a finite number > 0; trained parameters that cannot be measured.
+                factor that is not a finite number > 0, or not `bvpo_loss`'s; trained parameters
+                that cannot be measured.
             RuntimeError: another collection runs; no backward ran; a layer was used twice in a
                 forward (its products with itself would be missing), naming it; a gradient that
                 bypassed the layers, naming the parameter.
@@ -166,24 +183,25 @@ class GradStats:
             if self._micro_batches:
                 raise RuntimeError("collect: expected the same trained parameters within a step")
             self._arrange()
-        scales = _scales(batch, kind_scale)
-        self._check_batch(batch, scales, counted)
+        scale = LossScale(batch, kind_scale, self._expect if self.cross == "exact" else None)
+        self._check_batch(batch, counted)
         collection = self._open(batch)
         before = self._gradient_versions()
-        self.collection, scope.active = collection, self
-        saved = [layer.module.__dict__.get("forward") for layer in self._layout.layers]
+        self.collection, self._scale, scope.active = collection, scale, self
+        modules = [layer.module for layer in self._layout.layers]
         try:
-            for layer, forward in zip(self._layout.layers, self._forwards, strict=True):
-                layer.module.forward = forward  # type: ignore[method-assign]
-            yield
+            with replaced_forwards(modules, self._forwards):
+                yield scale
         finally:
-            for layer, previous in zip(self._layout.layers, saved, strict=True):
-                layer.module.__dict__.pop("forward", None)
-                if previous is not None:
-                    layer.module.forward = previous  # type: ignore[method-assign]
             scope.active = None
-            del self.collection
-        self._close(batch, collection, scales, before, counted)
+            del self.collection, self._scale
+        self._close(batch, collection, scale, before, counted)
+
+    def report_loss(
+        self, by_unit: Mapping[str, Tensor], by_pair: Mapping[str, Tensor], exact: bool
+    ) -> None:
+        """For `bvpo_loss`: the factors of the loss that it returns."""
+        self._scale.report(LossReport(by_unit, by_pair, exact))
 
     def head_logprobs(
         self, inputs: Inputs, call: Call, owner: tuple[Any, Any]
@@ -230,10 +248,17 @@ class GradStats:
         if not self._micro_batches:
             raise RuntimeError("result: expected at least one collection, got none")
         micro_batches, kind_sums = self._micro_batches, self._kind_sums
+        self._rescale((1.0,) * len(micro_batches[0].kinds))
         self.reset()
         self._step += 1
         for micro in micro_batches:
-            _check_uses(micro, self._layout, self.strict)
+            bypassed = bypassing(micro, self._layout)
+            if bypassed and self.strict:
+                raise RuntimeError(
+                    f"collect: expected gradients of {bypassed} from their layers' own forwards; "
+                    f"something else used the parameters"
+                )
+            self._bypassed.update(bypassed)
             missing = [name for name in micro.unit_ids if ess is not None and name not in ess]
             if missing and micro.counted:
                 raise ValueError(
@@ -252,10 +277,10 @@ class GradStats:
 
     def reset(self) -> None:
         """Forget what was collected since the last `result`, for a step that is given up."""
-        self._micro_batches, self._kind_sums = [], None
+        self._micro_batches, self._kind_sums, self._kind_scales = [], None, ()
 
-    def _check_batch(self, batch: PackedBatch, scales: tuple[float, ...], counted: bool) -> None:
-        """Every unit once in the step and with every kind; kinds and scales as before."""
+    def _check_batch(self, batch: PackedBatch, counted: bool) -> None:
+        """Every unit once in the step and with every kind; kinds as before."""
         units, kinds = len(batch.unit_ids), len(batch.kinds)
         place = torch.full((units, kinds), -1)
         unit_G, kind_G = batch.group_unit_G.cpu(), batch.group_kind_G.cpu()
@@ -275,8 +300,36 @@ class GradStats:
         first = self._micro_batches[0] if self._micro_batches else None
         if first is not None and first.kinds != batch.kinds:
             raise ValueError(f"batch: expected the kinds {first.kinds}, got {batch.kinds}")
-        if first is not None and self.cross == "exact" and first.scales != scales:
-            raise ValueError(f"kind_scale: expected {first.scales} as before, got {scales}")
+
+    def _resolved(self, scale: LossScale) -> tuple[float, ...]:
+        scales = scale.resolve()
+        if self._kind_scales == ():
+            self._kind_scales = scales
+        if self.cross == "exact" and scales != self._kind_scales:
+            raise ValueError(
+                f"kind_scale: expected {self._kind_scales} as before, where nothing is said, got "
+                f"{scales}"
+            )
+        return scales
+
+    def _expect(self, scales: tuple[float, ...]) -> None:
+        """The factors of the backward to come are known."""
+        running: Any = self.__dict__.get("collection")
+        if running is not None and running.record.grad is not None and scales != self._kind_scales:
+            self.reset()
+            raise RuntimeError("kind_scale: expected before the backward, got it after")
+        self._rescale(scales)
+
+    def _rescale(self, scales: tuple[float, ...]) -> None:
+        """Bring the kind sums so far to other factors of the losses: micro-batches may differ in
+        theirs, as where each loss is the mean over a number of pairs of its own."""
+        old, self._kind_scales = self._kind_scales, scales
+        if self._kind_sums is None or old == scales:
+            return
+        for leaf in self._kind_sums:
+            if leaf is not None and leaf.grad is not None:
+                ratio_K = leaf.grad.new_tensor([b / a for a, b in zip(old, scales, strict=True)])
+                leaf.grad.mul_(ratio_K.view(-1, *[1] * (leaf.ndim - 1)))
 
     def _groups(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Token range, kind and owner (`MicroBatchStats`) of what is measured apart: the groups of
@@ -291,7 +344,7 @@ class GradStats:
 
     def _open(self, batch: PackedBatch) -> Collection:
         device, layout = batch.tokens_T.device, self._layout
-        # Kind sums are unscaled once, at the end, hence kept per kind and not per group.
+        # Kind sums have one factor each (`_rescale`), hence are kept per kind and not per group.
         ranges_G2, kinds_G, _ = self._groups(batch)
         plan = Plan(
             ranges_G2=ranges_G2,
@@ -331,12 +384,17 @@ class GradStats:
         self,
         batch: PackedBatch,
         collection: Collection,
-        scales: tuple[float, ...],
+        scale: LossScale,
         before: list[tuple[int, int]],
         counted: bool,
     ) -> None:
         if collection.record.grad is None:
             raise RuntimeError("collect: expected a backward inside, none reached a trained layer")
+        try:
+            scales = self._resolved(scale) if counted else (1.0,) * len(batch.kinds)
+        except ValueError:
+            self.reset()  # the kind sums hold a part of unknown factors
+            raise
         after = self._gradient_versions()
         sketches = None
         if collection.plan.sketch:
@@ -384,38 +442,3 @@ def _scored(batch: PackedBatch, ranges_G2: Tensor) -> Tensor:
     before_S = torch.cat([ends_S.new_zeros(1), batch.scored_lengths_S.cpu().cumsum(0)])
     first_G2 = torch.searchsorted(ends_S, ranges_G2, right=True)
     return before_S[first_G2[:, 1]] - before_S[first_G2[:, 0]]
-
-
-def _scales(batch: PackedBatch, kind_scale: Mapping[str, float] | None) -> tuple[float, ...]:
-    if kind_scale is None:
-        return (1.0,) * len(batch.kinds)
-    if set(kind_scale) != set(batch.kinds):
-        raise ValueError(f"kind_scale: expected {batch.kinds}, got {tuple(kind_scale)}")
-    for kind, scale in kind_scale.items():
-        if not math.isfinite(scale) or not scale > 0:
-            raise ValueError(
-                f"kind_scale[{kind!r}]: expected a finite number > 0 (a kind without a gradient "
-                f"cannot be measured), got {scale}"
-            )
-    return tuple(float(kind_scale[kind]) for kind in batch.kinds)
-
-
-def _check_uses(micro: MicroBatchStats, layout: Layout, strict: bool) -> None:
-    """Each layer at most once per backward, and no gradient of a covered parameter without it."""
-    uses = micro.record[-layout.num_layers :].round().long().tolist()
-    used: set[int | None] = set()
-    for layer in (*layout.layers, *layout.heads):
-        if uses[layer.index] > 1:
-            raise RuntimeError(
-                f"{layer.name}: expected one use of the layer per collection, got "
-                f"{uses[layer.index]}: its gradients of different uses were not multiplied"
-            )
-        if uses[layer.index]:
-            used |= {layer.weight, layer.bias}
-    covered = {i for layer in layout.layers for i in (layer.weight, layer.bias)}
-    bypassed = [layout.names[i] for i in micro.moved if i in covered and i not in used]
-    if bypassed and strict:
-        raise RuntimeError(
-            f"collect: expected gradients of {bypassed} from their layers' own forwards; something "
-            f"else used the parameters"
-        )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bvpo_kernels import ops
 from bvpo_kernels.call import Call, Inputs, Kept, Plan, accumulate_dtype, cut
+from bvpo_kernels.grad_stats.forms import Form, round_to
 from bvpo_kernels.ops.derivatives import once
 
 
@@ -36,13 +37,27 @@ class Collection:
     rows_U: Tensor
     carrier_GUD: Tensor | None = None
 
-    def check_tokens(self, name: str, leading: torch.Size) -> None:
-        """The batch's tokens must be the first axis, or the second after one of size 1."""
+    def token_axis(self, layer: Layer, leading: torch.Size) -> int:
+        """The axis of the batch's tokens that is to be brought to the front; 0 if none need be.
+
+        That of the probe; without one the first, or the second or third after one of size 1.
+        """
         # A size and not a number: a number would be a constant of a compiled graph.
         tokens = self.tokens_T.shape[0]
-        if leading[:1] != (tokens,) and leading[:2] != (1, tokens):
-            expected = f"an input whose leading axes are [1, {tokens}] or [{tokens}]"
-            raise ValueError(f"{name}: expected {expected}, got {list(leading)}")
+        axis = layer.axis
+        if axis is None or axis >= len(leading):
+            ambiguous = leading[1:3] == (tokens, tokens)
+            if leading[:1] == (tokens,) or (leading[:2] == (1, tokens) and not ambiguous):
+                return 0
+            axis = 2 if leading[:1] == (1,) and not ambiguous else None
+        if axis is None or leading[axis : axis + 1] != (tokens,):
+            expected = (
+                f"an input whose leading axes are [1, {tokens}], [{tokens}] or [1, H, {tokens}]"
+            )
+            raise ValueError(
+                f"{layer.name}: expected {expected}, got {list(leading)}; freeze its parameters"
+            )
+        return axis if any(size != 1 for size in leading[:axis]) else 0
 
 
 @dataclass(frozen=True)
@@ -50,18 +65,22 @@ class Layer:
     """A module with trained parameters of its own, and where it stands in the statistics.
 
     index: its place in the record. weight, bias: indices of the trained parameters, None for
-    frozen or absent ones. tied: its weight is the input embedding and the head's at once.
+    frozen or absent ones. tied: its weight is the input embedding and the head's at once. axis: of
+    the tokens in its input, None where it was not seen before.
     """
 
     name: str
     module: nn.Module
-    kind: str
+    form: Form
     index: int
     weight: int | None
     bias: int | None
     tied: bool = False
-    eps: float = 0.0
-    centered: bool = False
+    axis: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.form.kind
 
 
 def autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -96,14 +115,20 @@ def _given(ctx: Any, record: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 def linear(layer: Layer, collection: Collection, x: Tensor) -> Tensor:
     """x W^T + b."""
-    collection.check_tokens(layer.name, x.shape[:-1])
+    axis = collection.token_axis(layer, x.shape[:-1])
+    if axis:  # the rows of a token after those of the token before
+        x = x.movedim(axis, 0)
     module: Any = layer.module
     x, weight, bias = autocast(x.device.type, x, module.weight, module.bias)  # type: ignore
     carrier = collection.carrier_GUD if layer.tied else None
-    return _Linear.apply(
-        x, weight, bias, *_Leaves.of(layer, collection), carrier, collection.rows_U,
-        *collection.plan, layer.index,
+    leaves = _Leaves.of(layer, collection)
+    if layer.form.transposed:
+        kept = None if leaves.weight is None else leaves.weight.mT
+        weight, leaves = weight.mT, leaves._replace(weight=kept)  # type: ignore[union-attr]
+    y = _Linear.apply(
+        x, weight, bias, *leaves, carrier, collection.rows_U, *collection.plan, layer.index
     )  # fmt: skip
+    return y.movedim(0, axis) if axis else y
 
 
 def _split(plan_and_layer: tuple) -> tuple[list[Tensor], list[Any]]:
@@ -140,8 +165,17 @@ class _Linear(torch.autograd.Function):
 
 
 def embedding(layer: Layer, collection: Collection, ids: Tensor) -> Tensor:
-    """Rows of the weight."""
-    collection.check_tokens(layer.name, ids.shape)
+    """Rows of the weight, by its scale."""
+    if collection.token_axis(layer, ids.shape):
+        raise ValueError(f"{layer.name}: expected ids whose first axes are the tokens")
+    rows = _rows(layer, collection, ids)
+    if layer.form.scale == 1:
+        return rows
+    scale, rounded = layer.form.scale, layer.form.scale_rounded
+    return rows * (round_to(scale, rows.dtype) if rounded else scale)
+
+
+def _rows(layer: Layer, collection: Collection, ids: Tensor) -> Tensor:
     module: Any = layer.module
     padding = -1 if module.padding_idx is None else module.padding_idx
     carries = layer.tied and collection.plan.exact
@@ -188,11 +222,15 @@ class _Embedding(torch.autograd.Function):
 
 def norm(layer: Layer, collection: Collection, x: Tensor, y: Tensor) -> Tensor:
     """y, the module's own result: its own backward stays, the statistics come from dY and x."""
-    collection.check_tokens(layer.name, x.shape[:-1])
-    form = (layer.eps, layer.centered, layer.weight is not None, layer.bias is not None)
-    return _Norm.apply(
-        y, x.detach(), form, *_Leaves.of(layer, collection), *collection.plan, layer.index
-    )
+    axis = collection.token_axis(layer, x.shape[:-1])
+    if axis:
+        x, y = x.movedim(axis, 0), y.movedim(axis, 0)
+    trained = (layer.weight is not None, layer.bias is not None)
+    y = _Norm.apply(
+        y, x.detach(), (layer.form.eps, layer.form.centered, *trained),
+        *_Leaves.of(layer, collection), *collection.plan, layer.index,
+    )  # fmt: skip
+    return y.movedim(0, axis) if axis else y
 
 
 class _Norm(torch.autograd.Function):
@@ -220,7 +258,7 @@ def head_logprobs(
     layer: Layer, collection: Collection, inputs: Inputs, call: Call
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies."""
-    collection.check_tokens(layer.name, inputs.hidden_TD.shape[:-1])
+    collection.token_axis(layer, inputs.hidden_TD.shape[:-1])
     carrier = collection.carrier_GUD if layer.tied else None
     return _Head.apply(
         *inputs, *_Leaves.of(layer, collection), carrier, collection.rows_U, call,

@@ -7,9 +7,9 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from bvpo_kernels import backends, ops
+from bvpo_kernels import backends, ops, scope
 from bvpo_kernels.call import Call, Inputs
-from bvpo_kernels.head import certificate, scope
+from bvpo_kernels.head import certificate
 from bvpo_kernels.ops.derivatives import check_reverse_mode
 from bvpo_kernels.oracles import logprobs as oracle
 from bvpo_kernels.oracles import tail as sparse_oracle

@@ -31,6 +31,7 @@ from trl import DPOConfig, DPOTrainer
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.integrations import trl_data
 from bvpo_kernels.integrations.render import RowEncoder
+from bvpo_kernels.integrations.scoring import require_separate_segments
 from bvpo_kernels.integrations.transformers import patch_model
 from bvpo_kernels.mixing import AlphaEstimator
 from bvpo_kernels.mixing.moments import MIN_UNITS
@@ -224,7 +225,7 @@ class BVPOTrainer(DPOTrainer):
                 impl=self.args.head_impl,
                 workspace_bytes=None if workspace is None else workspace * 2**20,
             )  # fmt: skip
-            _require_separate_segments(bare)
+            require_separate_segments(bare)
             self._patched.add(id(model))
 
     def _prepare_dataset(
@@ -360,38 +361,3 @@ class BVPOTrainer(DPOTrainer):
         if not path.exists():
             raise ValueError(f"resume_from_checkpoint: expected {ALPHA_FILE} in {checkpoint}")
         self._alpha.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-@torch.no_grad()
-def _require_separate_segments(model: Any) -> None:
-    """Two segments in one row must score as each does alone.
-
-    Raises:
-        ValueError: naming the model's class (state-space layers, absolute positions...).
-    """
-    if any(p.is_meta or not p.numel() for p in model.parameters()):
-        return
-    training = model.training
-    model.eval()
-    vocab, device = model.config.get_text_config().vocab_size, model.device
-    ids = torch.tensor([(7919 * n + 11) % vocab for n in range(9)], device=device)
-    position_ids = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4], device=device)
-
-    def score(rows: slice) -> Tensor:
-        return model(
-            input_ids=ids[None, rows], position_ids=position_ids[None, rows], attention_mask=None,
-            use_cache=False, shift_labels=ids[None, rows], fused_lm_head=True,
-        ).log_probs[0]  # fmt: skip
-
-    try:
-        packed = score(slice(None))
-        alone = torch.cat([score(slice(0, 4)), score(slice(4, None))])
-    finally:
-        model.train(training)
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.5
-    difference = (packed - alone).abs().max().item()
-    if not difference <= tolerance:
-        raise ValueError(
-            f"model: {type(model).__name__} mixes the segments of a packed row (by {difference:.3g}"
-            f" nats, expected <= {tolerance})"
-        )

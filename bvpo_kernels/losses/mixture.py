@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bvpo_kernels import checks
+from bvpo_kernels import checks, scope
 from bvpo_kernels.losses.pairs import LOSSES, LossSpec
 from bvpo_kernels.types import EMPTY, TRACE, BVPOLoss, PackedBatch
 
@@ -100,6 +100,25 @@ def _divisor(kind: str, pairs: Tensor, pair_counts: Mapping[str, int | Tensor] |
     return count.clamp(min=1)
 
 
+def _unit_scale(
+    weight: float | Tensor, share: Tensor, batch: PackedBatch, kind: int,
+    unit_counts: Mapping[str, int] | None,
+) -> Tensor:  # fmt: skip
+    """Factor of a unit's mean gradient: weight / units of the step, where those are known; else the
+    batch's `share` of the weight over the batch's units."""
+    units = (batch.group_kind_G == kind).sum()
+    if unit_counts is None:
+        return share / units.clamp(min=1)
+    name = batch.kinds[kind]
+    count = units.new_full((), unit_counts[name])
+    checks.require(
+        units <= count,
+        f"unit_counts[{name!r}]: expected the units of the whole step, at least those of the batch",
+        lambda: f"{unit_counts[name]} for a batch with {int(units)}",
+    )
+    return weight / count.clamp(min=1).double()
+
+
 def _may_have_pairs(pairs: Tensor) -> bool:
     """Whether a kind can have pairs, as far as that is known without waiting for a device."""
     return pairs.device.type != "cpu" or torch.compiler.is_compiling() or bool(pairs > 0)
@@ -168,6 +187,7 @@ def bvpo_loss(
     loss: str = "dpo",
     beta: float = 0.1,
     pair_counts: Mapping[str, int | Tensor] | None = None,
+    unit_counts: Mapping[str, int] | None = None,
     kl: Tensor | Mapping[str, Tensor] | None = None,
     **loss_options: float,
 ) -> BVPOLoss:
@@ -183,6 +203,9 @@ def bvpo_loss(
         beta: beta of the loss; the default is DPO's (SimPO's paper uses 2 and more).
         pair_counts: N_k, pairs of each kind in the whole step, over all micro-batches and ranks:
             then their losses add up. None: those of this batch.
+        unit_counts: units that have each kind in the whole step, for `kind_scale` alone. None: as
+            many as follows from `pair_counts` and the pairs per unit in this batch; gradient
+            statistics ask for them where units have different numbers of pairs.
         kl: KL(pi || pi_ref) of "kto", 0-dim, for all kinds or per kind. None: an estimate from this
             batch and kind, max(0, mean log-ratio of its responses), which differs from one
             micro-batch to the next. (TRL's KTO takes responses of other prompts for it, averages
@@ -196,7 +219,8 @@ def bvpo_loss(
         rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen,
         logps/rejected, pairs. Losses of micro-batches add up; rewards and logps are means over
         `pairs`, to be combined with those as weights. A kind without pairs has no metrics on the
-        CPU; elsewhere, where asking would mean waiting, it has zeros and pairs = 0.
+        CPU; elsewhere, where asking would mean waiting, it has zeros and pairs = 0. `kind_scale`:
+        see `BVPOLoss`; a collection of gradient statistics that is running is told by itself.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given. The values
@@ -207,12 +231,14 @@ def bvpo_loss(
     spec = _spec(loss, loss_options, ref_scores_S, kl)
     inputs = _inputs(spec, scores_S, ref_scores_S, batch)
     weights = _weights(alpha, batch.kinds, scores_S.device)
-    for name, mapping in (("pair_counts", pair_counts), ("kl", kl)):
+    for name, mapping in (("pair_counts", pair_counts), ("unit_counts", unit_counts), ("kl", kl)):
         if isinstance(mapping, Mapping):
             _check_kinds(name, mapping, batch.kinds)
     total = scores_S[:0].sum()  # 0, with a gradient (of zeros) whatever is left out below
     kind_losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
+    by_unit: dict[str, Tensor] = {}
+    by_pair: dict[str, Tensor] = {}
     for index, kind in enumerate(batch.kinds):
         mask_P = batch.pair_kind_P == index
         pairs, weight = mask_P.sum(), weights[kind]
@@ -221,6 +247,8 @@ def bvpo_loss(
         if spec.kl:
             given = kl[kind] if isinstance(kl, Mapping) else kl
             arguments["kl"] = _batch_kl(inputs, mask_P, pairs) if given is None else given
+        by_pair[kind] = weight / divisor.double()
+        by_unit[kind] = _unit_scale(weight, by_pair[kind] * pairs, batch, index, unit_counts)
         kind_losses[kind] = _kind_loss(spec, inputs, mask_P, divisor, arguments)
         if isinstance(weight, Tensor):
             counted = _kind_loss(spec, inputs, mask_P & (weight != 0), divisor, arguments)
@@ -235,4 +263,6 @@ def bvpo_loss(
     if TRACE in weights:
         a = weights[TRACE]
         metrics["alpha"] = a.to(total) if isinstance(a, Tensor) else total.new_full((), a)
-    return BVPOLoss(total, kind_losses, metrics)
+    if scope.active is not None and torch.is_grad_enabled() and total.requires_grad:
+        scope.active.report_loss(by_unit, by_pair, pair_counts is None or unit_counts is not None)
+    return BVPOLoss(total, kind_losses, metrics, by_unit)

@@ -4,11 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny_runs import make_cfg, make_trainer, make_units, read_lines
+from tiny_runs import make_cfg, make_trainer, make_units, read_lines, tiny_model
+from transformers import Qwen3Config
 
 from bvpo_kernels.mixing import AlphaEstimator, StepStats, alpha_star, unbiased
 from train import report
-from train.alpha import FixedAlpha, build_alpha, kind_scale
+from train.alpha import FixedAlpha, build_alpha, build_stats, describe
 from train.config import AlphaConfig, EstimateConfig
 
 
@@ -194,9 +195,20 @@ def test_measuring_does_not_change_the_training(tmp_path):
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_weights_that_cannot_be_measured():
+    """The advice of the refusal can be followed, and the summary says what it left out."""
+    model = tiny_model(Qwen3Config)
+    model.gain = torch.nn.Parameter(torch.ones(5))
+    head = model.get_output_embeddings()
+    with pytest.raises(ValueError, match=r"cannot measure \['gain'\].*alpha.estimate.strict"):
+        build_stats(AlphaConfig(estimate=EstimateConfig()), model, head, 0)
+    stats = build_stats(AlphaConfig(estimate=EstimateConfig(strict=False)), model, head, 0)
+    trained = sum(p.numel() for p in model.parameters())
+    assert f"over {trained - 5} of {trained} trained parameters" in describe(stats)
+
+
 def test_sources():
     assert isinstance(build_alpha(AlphaConfig(fixed=0.3)), FixedAlpha)
-    assert kind_scale(0.25, 4) == {"trace": 0.0625, "empty": 0.1875}
     with pytest.raises(ValueError, match=r"alpha.fixed: .*got 1.5"):
         build_alpha(AlphaConfig(fixed=1.5))
     assert [build_alpha(AlphaConfig(fixed=a)).value() for a in (0.0, 1.0)] == [0.0, 1.0]

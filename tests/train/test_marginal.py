@@ -11,9 +11,8 @@ from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.mixing.traces import importance_weights
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import EMPTY, KINDS, TRACE, TokenPair
-from train.alpha import kind_scale
 from train.config import AlphaConfig, EstimateConfig
-from train.marginal import UNTRAINED, check_traces, marginal_loss, without_extra
+from train.marginal import check_traces, marginal_loss, without_extra
 
 TRACES = 3
 
@@ -145,4 +144,3 @@ def test_refusals(tmp_path, options, loss, units, match):
 def test_extra_traces_are_dropped_where_they_are_not_asked_for(tmp_path):
     cfg = estimated(tmp_path, reference=TRACE)
     assert all(set(unit.pairs) == {TRACE, EMPTY} for unit in check_traces(traced_units(2), cfg))
-    assert kind_scale(0.25, 4, (*KINDS, MARGINAL))[MARGINAL] == UNTRAINED / 4

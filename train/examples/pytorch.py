@@ -6,7 +6,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bvpo_kernels import AlphaEstimator, GradStats, TokenPair, Unit, bvpo_loss, pack, segment_sum
+from bvpo_kernels import AlphaEstimator, GradStats, TokenPair, Unit, bvpo_loss, pack
+from bvpo_kernels.integrations.scoring import score_batch
 from bvpo_kernels.integrations.transformers import patch_model
 
 STEPS, UNITS = 6, 4
@@ -38,25 +39,16 @@ def main() -> list[float]:
     patch_model(model)
     generator = torch.Generator().manual_seed(1)
     batch = pack([make_unit(f"prompt-{n}", generator) for n in range(UNITS)])
-
-    def scores() -> torch.Tensor:
-        # No mask and no cache: attention then keeps the segments of the row apart.
-        logprobs = model(
-            input_ids=batch.tokens_T[None], position_ids=batch.position_ids_T[None],
-            shift_labels=batch.target_T[None], attention_mask=None, fused_lm_head=True,
-        ).log_probs[0]  # fmt: skip
-        return segment_sum(logprobs, batch.cu_seqlens)
-
     with torch.no_grad():
-        reference = scores()
+        reference = score_batch(model, batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     stats, estimator = GradStats(model), AlphaEstimator(warmup=2)
     losses = []
     for step in range(STEPS):
         alpha = estimator.value()
-        kind_scale = {"trace": alpha / UNITS, "empty": (1 - alpha) / UNITS}
-        with stats.collect(batch, kind_scale):
-            result = bvpo_loss(scores(), reference, batch, alpha, loss="dpo", beta=0.1)
+        with stats.collect(batch):
+            scores = score_batch(model, batch)
+            result = bvpo_loss(scores, reference, batch, alpha, loss="dpo", beta=0.1)
             result.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """BVPO in a plain transformers.Trainer; `accelerate launch train/examples/trainer.py` also works.
 
-The data set holds units; the collator packs them; `compute_loss` is eight lines. For a trainer with
+The data set holds units; the collator packs them; `compute_loss` is five lines. For a trainer with
 TRL's losses and metrics see `bvpo_kernels.integrations.trl`.
 """
 
@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from bvpo_kernels import PackedBatch, TokenPair, Unit, bvpo_loss, pack, segment_sum
+from bvpo_kernels import TokenPair, Unit, bvpo_loss, pack
+from bvpo_kernels.integrations.scoring import score_batch
 from bvpo_kernels.integrations.transformers import patch_model
 
 ALPHA = 0.5
@@ -41,25 +42,16 @@ class Units(Dataset):
         return self.units[index]
 
 
-def score(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """log pi(y|x) of each response of a packed batch, [S]."""
-    out = model(
-        input_ids=batch.tokens_T[None], position_ids=batch.position_ids_T[None],
-        shift_labels=batch.target_T[None], attention_mask=None, fused_lm_head=True,
-    )  # fmt: skip
-    return segment_sum(out.log_probs[0], batch.cu_seqlens)
-
-
 class PairTrainer(Trainer):
     """A Trainer whose reference is a frozen copy of the model."""
 
     reference: torch.nn.Module
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore
-        batch = inputs["packed"]
+        batch = inputs["packed"].to(self.args.device)
         with torch.no_grad():
-            reference = score(self.reference, batch)
-        loss = bvpo_loss(score(model, batch), reference, batch, ALPHA).loss
+            reference = score_batch(self.reference, batch)
+        loss = bvpo_loss(score_batch(model, batch), reference, batch, ALPHA).loss
         return (loss, {}) if return_outputs else loss
 
 

@@ -21,7 +21,7 @@ from bvpo_kernels.losses import LOSSES
 from bvpo_kernels.mixing import MARGINAL, AlphaEstimator
 from bvpo_kernels.types import EMPTY, KINDS, TRACE, PackedBatch, Unit
 from train import reference
-from train.alpha import AlphaSource, FixedAlpha, kind_scale
+from train.alpha import AlphaSource, FixedAlpha
 from train.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from train.data import StepPlan
 from train.evaluate import MetricSum, Objective
@@ -165,7 +165,7 @@ class ArmTrainer:
         weight, measured = self.alpha.value(), self.arm.weight == TRACE
         kl = self.objective.kl(data.micro_batches)
         for micro in data.micro_batches:
-            with self._measured(micro.batch, weight, len(data.units)):
+            with self._measured(micro.batch):
                 scores_S = self.objective.scores(micro)
                 result = self.objective.loss(scores_S, micro, weight, data.pair_counts, kl)
                 result.loss.backward()
@@ -179,13 +179,11 @@ class ArmTrainer:
         line = {"step": number + 1, "alpha": weight, "grad_norm": norm.item(), **metrics.result()}
         return line | self.alpha.log() | {"seconds": time.perf_counter() - start}
 
-    def _measured(
-        self, batch: PackedBatch, weight: float, num_units: int
-    ) -> AbstractContextManager:
+    def _measured(self, batch: PackedBatch) -> AbstractContextManager:
         """Where a micro-batch runs: measured if the weight comes from the steps' own gradients."""
         if self.stats is None or self.arm.weight != TRACE:
             return nullcontext()
-        return self.stats.collect(batch, kind_scale(weight, num_units))
+        return self.stats.collect(batch)
 
     def _measure_marginal(self, names: Sequence[str]) -> None:
         units = [self.by_id[name] for name in names]

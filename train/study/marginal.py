@@ -108,7 +108,8 @@ def _collect(
     """One unit's backward: its losses of all kinds, each with weight 1."""
     kinds = (*KINDS, MARGINAL)
     batch = pack([unit], kinds=kinds)
-    with stats.collect(batch):
+    with stats.collect(batch) as scale:
+        scale.scale({MARGINAL: 1.0})
         scores_S = segment_sum(policy(batch), batch.cu_seqlens)
         reference_S = torch.cat([references[unit.unit_id], scores_S.new_zeros(len(scores_S) - 4)])
         weights = {TRACE: 1.0, EMPTY: 1.0, MARGINAL: 0.0}
