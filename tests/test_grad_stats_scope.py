@@ -7,9 +7,8 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from bvpo_kernels import Unit, linear_logprobs, pack
+from bvpo_kernels import Unit, linear_logprobs, pack, scope
 from bvpo_kernels.grad_stats import GradStats
-from bvpo_kernels import scope
 from bvpo_kernels.types import EMPTY, TRACE
 from train.head import FusedHeadLM
 
