@@ -103,13 +103,15 @@ class SampleConfig:
 class RankConfig:
     """How answers are scored and pairs chosen.
 
-    judge "verifier": the task's own; "reward_model": a sequence classifier of transformers.
+    judge "verifier": the task's own, math-verify for free answers, which need a gold `answer`;
+    "reward_model": a sequence classifier of transformers; "none": `sample` only. `sample` checks
+    that the judge can serve its prompts.
     min_margin: a smaller difference between best and worst is a tie.
     both_kinds: keep only prompts that gave a pair of each kind.
     output: the file of pairs; None: pairs.jsonl in `run_dir`.
     """
 
-    judge: Literal["verifier", "reward_model"] = "verifier"
+    judge: Literal["verifier", "reward_model", "none"] = "verifier"
     reward_model: str | None = None
     trust_remote_code: bool = False
     min_margin: float = 1e-6

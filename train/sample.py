@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from train.config import RunConfig, SampleConfig
+from train.judges import check_judge
 from train.models import load_model, tokenizer_fingerprint
 from train.modes import KIND_OF_MODE, THINKING, build_prompts
 from train.pairs import meta_path, provenance, write_json
@@ -259,6 +260,7 @@ def run(cfg: RunConfig) -> None:
     """`sample`: responses of the configured prompts into `run_dir`; finished prompts are kept."""
     check_config(cfg.sample)
     prompts = load_prompts(cfg.prompts)
+    check_judge(cfg.rank, prompts)  # hours before `rank` needs it
     path = fill(cfg, prompts, load_sampler)
     print(f"responses of {len(prompts)} prompts: {path}")
 

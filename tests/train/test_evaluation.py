@@ -16,7 +16,7 @@ from train.evaluation import engines, run, writers
 from train.evaluation.config import EvaluateConfig
 from train.evaluation.intervals import bootstrap, pass_at, summarize
 from train.evaluation.questions import load_questions
-from train.evaluation.scores import MathVerify, score_responses
+from train.evaluation.scores import score_responses
 from train.judges import Verifier
 
 TEXT = "# Title\n\nA **bold** word, `x`.\n\n- one\n- two\n1. first\n```\n# not a header\n```\n"
@@ -142,30 +142,6 @@ def test_malformed_questions(tmp_path, name, record, message):
 def test_questions_that_no_hub_dataset_holds(tmp_path):
     with pytest.raises(ValueError, match="data: expected the file of alpaca_eval_2's questions"):
         load_questions(make_cfg(tmp_path, benchmark="alpaca_eval_2"))
-
-
-@pytest.mark.parametrize(
-    ("gold", "text", "score"),
-    [
-        ("\\frac{1}{2}", "So the answer is \\boxed{0.5}.", 1.0),
-        ("025", "\\boxed{25}", 1.0),
-        ("x+1", "Hence $1+x$", 1.0),
-        ("3, 5", "\\boxed{5, 3}", 1.0),
-        ("2.88e16", "\\boxed{2.88 \\times 10^{16}}", 1.0),
-        ("$42$", "It is 42", 1.0),
-        ("42", "First 42, but \\boxed{43}", 0.0),
-        ("42", "no idea", 0.0),
-    ],
-)
-def test_math_verify(gold, text, score):
-    pytest.importorskip("math_verify")
-    assert MathVerify()({"task": {"entry": {"answer": gold}}}, text) == score
-
-
-def test_math_verify_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ValueError, match="benchmark: a math set expects the package math-verify"):
-        MathVerify()
 
 
 def test_only_what_follows_the_trace_is_judged():

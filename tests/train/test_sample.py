@@ -206,7 +206,7 @@ def test_a_prompt_that_comes_twice_names_file_and_line(cfg):
 
 
 def test_a_changed_prompt_under_the_same_id_is_refused(cfg, tmp_path):
-    changed = [{"prompt": "Else", "id": "p0"}]
+    changed = [{"prompt": "Else", "id": "p0", "answer": "5"}]
     path = Path(str(cfg.prompts.path))
     text = path.read_text()
     try:
