@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from train.config import RunConfig, SampleConfig
 from train.judges import check_judge
 from train.models import load_model, tokenizer_fingerprint
-from train.modes import KIND_OF_MODE, THINKING, build_prompts
+from train.modes import KIND_OF_MODE, THINKING, build_prompts, render_prompts
 from train.pairs import meta_path, provenance, write_json
 from train.prompts import Prompt, load_prompts, parse_object
 
@@ -114,12 +114,15 @@ def finished_prompts(path: Path, prompts: Iterable[Prompt]) -> set[str]:
     Raises:
         ValueError: if a stored prompt has the id of a configured one and another text.
     """
-    wanted = {prompt.prompt_id: prompt.messages for prompt in prompts}
+    wanted = {prompt.prompt_id: (prompt.messages, prompt.tools) for prompt in prompts}
     done = set()
     for where, record in read_responses(path):
         prompt_id = record["prompt_id"]
-        if prompt_id in wanted and record["messages"] != wanted[prompt_id]:
-            raise ValueError(f"{where}: expected the messages of prompt {prompt_id!r}, got others")
+        stored = (record["messages"], record.get("tools"))
+        if prompt_id in wanted and stored != wanted[prompt_id]:
+            raise ValueError(
+                f"{where}: expected the messages and tools of prompt {prompt_id!r}, got others"
+            )
         done.add(prompt_id)
     return done
 
@@ -224,13 +227,18 @@ def batch_seed(seed: int, mode: str, batch: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def _record(prompt: Prompt) -> dict[str, Any]:
+    record = asdict(prompt)
+    return record if prompt.tools else {k: v for k, v in record.items() if k != "tools"}
+
+
 def sample_batch(
     sampler: Engine, prompts: Sequence[Prompt], batch: int, cfg: RunConfig,
     modes: Sequence[str] = tuple(KIND_OF_MODE),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The records of a batch of prompts in some modes."""
     inputs = [build_prompts(sampler.tokenizer, prompt, cfg.model, cfg.sample) for prompt in prompts]
-    records = [{**asdict(prompt), "modes": {}} for prompt in prompts]
+    records = [{**_record(prompt), "modes": {}} for prompt in prompts]
     for mode in modes:
         limit = cfg.sample.max_new_tokens if mode == THINKING else cfg.sample.max_new_tokens_empty
         drawn = sampler.draw(
@@ -273,6 +281,19 @@ def load_sampler(cfg: RunConfig) -> Sampler:
     return Sampler(model.to(device), tokenizer, cfg.sample)  # type: ignore[arg-type]
 
 
+def check_prompts(tokenizer: Any, prompts: Sequence[Prompt], cfg: RunConfig) -> None:
+    """Render every prompt before the first is sampled, and print how the first one ends.
+
+    Raises:
+        ValueError: as `render_prompts`.
+    """
+    for number, prompt in enumerate(prompts):
+        texts = render_prompts(tokenizer, prompt, cfg.model, cfg.sample)
+        if number == 0:
+            for mode, text in texts.items():
+                print(f"{mode}: a prompt ends in {text[-40:]!r}")
+
+
 def fill(
     cfg: RunConfig, prompts: Sequence[Prompt], load: Callable[[RunConfig], Engine],
     modes: Sequence[str] = tuple(KIND_OF_MODE),
@@ -291,6 +312,7 @@ def fill(
         check_settings(current, path)
         _drop_unfinished_line(path)
         done = finished_prompts(path, prompts)
+    check_prompts(sampler.tokenizer, prompts, cfg)
     write_json(meta_path(path), {"settings": current, **provenance()})
     _sample_all(sampler, prompts, done, cfg, path, modes)
     return path
