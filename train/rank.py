@@ -27,6 +27,11 @@ NO_PAIR = ("fewer_than_two", "ties")
 CORRECT = 1.0 - 1e-9
 
 
+def never_closed(response: Mapping[str, Any], mode: str, trace_close: str) -> bool:
+    """Whether a trace has no end; in NoThinking the prompt has closed it."""
+    return mode == THINKING and trace_close not in response["text"]
+
+
 def answer_of(
     response: Mapping[str, Any], mode: str, trace_close: str, max_tokens: int
 ) -> tuple[str | None, str]:
@@ -35,13 +40,12 @@ def answer_of(
     The answer is the text after the last close marker; in NoThinking the prompt has closed the
     trace, so a response without a marker is an answer from its beginning.
     """
-    _, marker, answer = response["text"].rpartition(trace_close)
-    answer = answer.strip()
+    answer = response["text"].rpartition(trace_close)[2].strip()
     if not response["finished"]:
         return "unfinished", answer
     if len(response["ids"]) > max_tokens:
         return "too_long", answer
-    if not marker and mode == THINKING:
+    if never_closed(response, mode, trace_close):
         return "missing_close", answer
     return (None, answer) if answer else ("empty_answer", answer)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from train.answers import MathVerify
 from train.evaluation.config import EvaluateConfig
 from train.judges import Judge, Verifier
-from train.rank import answer_of
+from train.rank import answer_of, never_closed
 
 
 def build_judge(benchmark: str) -> Judge:
@@ -21,17 +20,25 @@ def build_judge(benchmark: str) -> Judge:
 
 def score_responses(
     records: Sequence[Mapping[str, Any]], mode: str, judge: Judge, cfg: EvaluateConfig
-) -> tuple[list[list[float]], Counter[str]]:
-    """[question][sample] -> score, and counts of what could not be judged, which scores 0."""
-    counts: Counter[str] = Counter()
+) -> tuple[list[list[float]], dict[str, int]]:
+    """[question][sample] -> score, and counts of what could not be judged, which scores 0.
+
+    Counts: "responses"; "unjudged" of them; of those, "missing_close" never closed their trace,
+    "unfinished" were cut at `max_new_tokens` (many are both), "empty_answer" ended with the trace.
+    """
+    counts = dict.fromkeys(
+        ("responses", "unjudged", "missing_close", "unfinished", "empty_answer"), 0
+    )
     scores = []
     for record in tqdm(records, desc=f"judge {mode}", unit="question"):
         row = []
         for response in record["modes"][mode]["responses"]:
             reason, answer = answer_of(response, mode, cfg.model.trace_close, cfg.max_new_tokens)
             counts["responses"] += 1
-            if reason is not None:
-                counts[reason] += 1
+            counts["unjudged"] += reason is not None
+            counts["missing_close"] += never_closed(response, mode, cfg.model.trace_close)
+            counts["unfinished"] += not response["finished"]
+            counts["empty_answer"] += reason == "empty_answer"
             row.append(0.0 if reason is not None else judge(record, answer))
         scores.append(row)
     return scores, counts
