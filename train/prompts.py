@@ -99,7 +99,7 @@ def _dataset(cfg: PromptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
             rows = datasets.load_from_disk(cfg.path)
         else:
             rows = datasets.load_dataset(cfg.path, split=cfg.split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
             f"prompts.path: expected a dataset that `datasets` can load, got {cfg.path!r} "

@@ -70,6 +70,47 @@ def check_settings(current: Mapping[str, Any], path: Path) -> None:
         )
 
 
+def check_record(record: Mapping[str, Any], where: str) -> None:
+    """ValueError, naming `where` and the field, for what `sample` does not write."""
+    if not {"prompt_id", "messages", "task", "modes"} <= record.keys():
+        raise ValueError(f"{where}: expected a line of responses, got {sorted(record)}")
+
+    def expect(name: str, value: Any, good: bool, form: str) -> None:
+        if not good:
+            raise ValueError(f"{where}: {name}: expected {form}, got {value!r:.60}")
+
+    prompt_id, task, modes = record["prompt_id"], record["task"], record["modes"]
+    expect("prompt_id", prompt_id, isinstance(prompt_id, str) and bool(prompt_id), "a text")
+    expect("messages", record["messages"], isinstance(record["messages"], list), "a list")
+    task_ok = isinstance(task, dict) and isinstance(task.get("name"), str)
+    expect("task", task, task_ok and isinstance(task.get("entry"), dict), "a name and an entry")
+    gold = task["entry"].get("answer")
+    expect("task.entry.answer", gold, gold is None or isinstance(gold, str), "a text or null")
+    modes_ok = isinstance(modes, dict) and bool(modes) and set(modes) <= set(KIND_OF_MODE)
+    expect("modes", modes, modes_ok, f"an object with {list(KIND_OF_MODE)}")
+    for mode, part in modes.items():
+        name = f"modes.{mode}"
+        part_ok = isinstance(part, dict) and isinstance(part.get("responses"), list)
+        expect(name, part, part_ok, "an object with prompt_ids and a list of responses")
+        expect(f"{name}.prompt_ids", part.get("prompt_ids"), _are_ids(part.get("prompt_ids")), _IDS)
+        for number, response in enumerate(part["responses"]):
+            one = f"{name}.responses[{number}]"
+            expect(one, response, isinstance(response, dict), "an object")
+            text, finished = response.get("text"), response.get("finished")
+            ids = response.get("ids")  # an engine may give up on a response: none, then
+            expect(f"{one}.ids", ids, _are_ids(ids) or (ids == [] and not finished), _IDS)
+            expect(f"{one}.text", text, isinstance(text, str), "a text")
+            expect(f"{one}.finished", finished, isinstance(finished, bool), "true or false")
+
+
+_IDS = "a list of token ids"
+
+
+def _are_ids(value: Any) -> bool:
+    # type(), not isinstance(): True is an int.
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value) and value != []
+
+
 def read_responses(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", record) of each complete line.
 
@@ -88,9 +129,10 @@ def read_responses(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.endswith(b"\n"):
                 tqdm.write(f"{where}: this last line is incomplete and left out")
                 return
+            if not line.strip():
+                continue
             record = parse_object(line, where)
-            if not {"prompt_id", "messages", "task", "modes"} <= record.keys():
-                raise ValueError(f"{where}: expected a line of responses, got {sorted(record)}")
+            check_record(record, where)
             if record["prompt_id"] in seen:
                 raise ValueError(
                     f"{where}: expected a new prompt, got {record['prompt_id']!r} again"

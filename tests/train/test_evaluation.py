@@ -130,6 +130,17 @@ def test_questions(tmp_path, name, record, question, answer, suffix):
     [
         ("math_500", {"problem": "y?"}, r"q\.jsonl:1: expected an answer in one of"),
         ("math_500", {"answer": "1"}, r"q\.jsonl:1: expected a question in one of"),
+        ("math_500", {"problem": None}, r"q\.jsonl:1: expected a question .*'problem': None"),
+        ("math_500", {"problem": "y?", "answer": None}, r"q\.jsonl:1: .*, got {'answer': None}"),
+        ("math_500", {"problem": "y?", "answer": {}}, r"q\.jsonl:1: answer: expected a text or a"),
+        ("math_500", {"problem": "y?", "answer": [None]}, r"q\.jsonl:1: answer: expected a text"),
+        (
+            "aime_2024",
+            {"id": [1], "problem": "y?", "answer": 1},
+            r"q\.jsonl:1: id: expected a text",
+        ),
+        ("math_500", {"problem": "\ud800", "answer": 1}, r"q\.jsonl:1: 'problem': expected Unic"),
+        ("arena_hard_v0.1", {"turns": [None]}, r"q\.jsonl:1: expected a question"),
         ("arena_hard_v0.1", {"turns": [{"content": "a"}, {"content": "b"}]}, "expected a question"),
         ("alpaca_eval_2", {"prompt": "x"}, r"expected a question in one of \('instruction',\)"),
     ],
