@@ -18,7 +18,7 @@ from train.judges import Judge, build_judge
 from train.modes import KIND_OF_MODE, THINKING
 from train.pairs import meta_path, provenance, write_pairs
 from train.prompts import parse_object
-from train.sample import read_responses, responses_path
+from train.responses import read_responses, responses_path
 
 # Why a response is not scored, in the order of the checks; why a prompt gives no pair.
 DROPS = ("unfinished", "too_long", "missing_close", "empty_answer")

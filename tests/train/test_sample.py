@@ -9,6 +9,7 @@ from train import sample
 from train.config import ModelConfig, RunConfig
 from train.models import load_model
 from train.modes import NO_THINKING, THINKING
+from train.responses import read_responses, responses_path
 
 # Prompts of unequal lengths, so that batches need padding; five of them in batches of two.
 TEXTS = ["Hi", "What is 2 + 3?", "Name a colour that is not red, please.", "1 + 1 =", "Why?"]
@@ -42,7 +43,7 @@ def cfg(finished_run, tmp_path) -> RunConfig:
 
 
 def responses(cfg: RunConfig) -> bytes:
-    return sample.responses_path(cfg).read_bytes()
+    return responses_path(cfg).read_bytes()
 
 
 def naive_draw(model, prompts, cfg, max_new_tokens, seed, ends):
@@ -99,7 +100,7 @@ def test_each_batch_and_mode_has_a_seed_of_its_own():
 
 def test_records_hold_ids_as_generated(finished_run):
     _, tokenizer = load_model(finished_run.model)
-    records = [record for _, record in sample.read_responses(sample.responses_path(finished_run))]
+    records = [record for _, record in read_responses(responses_path(finished_run))]
     assert [record["prompt_id"] for record in records] == [f"p{i}" for i in range(5)]
     assert [record["messages"][-1]["content"] for record in records] == TEXTS
     assert records[0]["task"]["entry"]["answer"] == "5"
@@ -130,7 +131,7 @@ def test_sidecar_records_what_made_the_file(finished_run):
 @pytest.mark.parametrize("share", [0.97, 0.7, 0.1])
 def test_a_killed_run_resumes_to_the_same_bytes(cfg, share, capsys):
     whole = responses(cfg)
-    sample.responses_path(cfg).write_bytes(whole[: int(share * len(whole))])
+    responses_path(cfg).write_bytes(whole[: int(share * len(whole))])
     sample.run(cfg)
     assert responses(cfg) == whole
     assert "incomplete" in capsys.readouterr().out
@@ -140,7 +141,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(cfg, share, capsys):
 def test_only_missing_prompts_are_appended(cfg, lines, monkeypatch):
     whole = responses(cfg)
     kept = b"".join(whole.splitlines(keepends=True)[:lines])
-    sample.responses_path(cfg).write_bytes(kept)
+    responses_path(cfg).write_bytes(kept)
     batches = []
     real = sample.sample_batch
     monkeypatch.setattr(
@@ -186,13 +187,13 @@ def test_a_missing_sidecar_is_refused(cfg):
 def test_a_malformed_line_names_file_and_line(cfg):
     lines = responses(cfg).splitlines(keepends=True)
     lines[1] = b'{"prompt_id": "p1", \n'
-    sample.responses_path(cfg).write_bytes(b"".join(lines))
+    responses_path(cfg).write_bytes(b"".join(lines))
     with pytest.raises(ValueError, match=r"responses\.jsonl:2: expected a JSON object"):
         sample.run(cfg)
 
 
 def test_a_foreign_line_names_file_and_line(cfg):
-    with sample.responses_path(cfg).open("a") as file:
+    with responses_path(cfg).open("a") as file:
         file.write('{"unit_id": "x"}\n')
     with pytest.raises(ValueError, match=r"responses\.jsonl:6: expected a line of responses"):
         sample.run(cfg)
@@ -200,7 +201,7 @@ def test_a_foreign_line_names_file_and_line(cfg):
 
 def test_a_prompt_that_comes_twice_names_file_and_line(cfg):
     lines = responses(cfg).splitlines(keepends=True)
-    sample.responses_path(cfg).write_bytes(b"".join([*lines, lines[1]]))
+    responses_path(cfg).write_bytes(b"".join([*lines, lines[1]]))
     with pytest.raises(ValueError, match=r"responses\.jsonl:6: expected a new prompt, got 'p1'"):
         sample.run(cfg)
 

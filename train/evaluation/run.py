@@ -21,7 +21,8 @@ from train.modes import KIND_OF_MODE
 from train.pairs import provenance, write_json
 from train.prompts import Prompt
 from train.rank import format_table, never_closed
-from train.sample import fill, read_responses
+from train.responses import read_responses
+from train.sample import fill
 
 
 def run_config(cfg: EvaluateConfig) -> RunConfig:
@@ -126,7 +127,7 @@ def run(cfg: EvaluateConfig) -> None:
     else:
         step = partial(judge_answers, judge=build_judge(cfg.benchmark))
     records = records_of(prompts, fill(run_config(cfg), prompts, loader(cfg), modes))
-    results = {mode: step(records, cfg, mode) for mode in modes}
+    results: dict[str, dict[str, Any]] = {mode: step(records, cfg, mode) for mode in modes}
     path = Path(cfg.run_dir) / "results.json"
     write_json(path, {"benchmark": cfg.benchmark, "questions": len(prompts),
                       "settings": asdict(cfg), "results": results, **provenance()})  # fmt: skip
