@@ -18,7 +18,7 @@ _BOLD = re.compile(r"(?<![\w)])(\*\*|__)(?=\S)(.{1,300}?)(?<=\S)\1(?![\w(])")
 # "Answer: 5", "the answer to this is 5", "the solutions are 1 and 2", GSM8K's "#### 5", and a
 # heading "Answer" above the answer.
 _LABEL = re.compile(
-    r"\banswers?\b(?:[^.\n:=]{0,60}?\b(?:is|are)\b|\s*[:=])(?:\s*[:=])?"
+    r"\banswers?\b(?:[^.\n:=]{0,60}?\b(?:is|are|be)\b|\s*[:=])(?:\s*[:=])?"
     r"|\b(?:option|choice|solutions?)\s+(?:is|are)\b:?|^####|^\W*(?:final\s+)?answer\W*$",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -28,7 +28,10 @@ _LEADING_CHOICE = re.compile(
 )
 _CHOICE = re.compile(r"\(?([A-Z])\)?[.:]?")
 _REASON = re.compile(r",?\s+\b(?:because|since|as|which|so)\b.*", re.DOTALL | re.IGNORECASE)
-_SHORT_REPLY = re.compile(r"(yes|no|true|false)\b[,.;:!]", re.IGNORECASE)
+_SHORT_REPLY = re.compile(r"(yes|no|true|false)\b(?:[,.;:!]|$)", re.IGNORECASE)
+# Not the factorial of 5!
+_STOP = re.compile(r"(?:\.|(?<=[^\W\d_])!)+$")
+_SENTENCE_END = re.compile(r"(?:\.|(?<=[^\W\d_])!)(?:\s|$)")
 _WRAPPING = " \t\r\n*_`\"'$"
 
 _TEXT_COMMAND = re.compile(
@@ -61,7 +64,10 @@ _CHARACTERS = str.maketrans({
 # A bare dollar sign may open a formula.
 _CURRENCY = re.compile(r"\\\$|[\u00a3\u20ac\u00a5\u20b9]")
 _ROOT = re.compile(r"(?:\N{SQUARE ROOT}|(?<![\\A-Za-z])sqrt)\s*(?:\(([^()]*)\)|(\w))")
-_BARE_COMMAND = re.compile(r"(?<![\\A-Za-z])(pi|infinity)(?![A-Za-z])")
+_BARE_COMMAND = re.compile(r"(?<![\\A-Za-z])(pi|infinity|ln|log|sin|cos|tan|exp)(?![A-Za-z])")
+# A rounded value after the exact one.
+_APPROXIMATION = re.compile(r"\s*(?:\u2248|\\approx)\s*\$?(-?\d[\d.,]*)")
+_ENDING = re.compile(r"\b(?:is|are|was|be)\s+(?:(?:on|in|an?|the)\s+)*(.+)", re.DOTALL)
 _LONGEST_FORMULA = 300  # characters: longer text without a word is a loop
 _FUNCTIONS = (
     "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|gcd|lcm|max|min|det|mod"
@@ -135,7 +141,7 @@ def normalize(text: str) -> str:
     numbers, no dollar sign before an amount."""
     text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
     text = _CURRENCY.sub("", text.translate(_CHARACTERS).replace(r"\%", "%"))
-    text = _BARE_COMMAND.sub(lambda match: {"pi": r"\pi", "infinity": r"\infty"}[match[1]], text)
+    text = _BARE_COMMAND.sub(lambda match: "\\" + match[1].replace("infinity", "infty"), text)
     text = _SPACED.sub(lambda match: match[0].replace(" ", ""), _SEPARATOR.sub("", text))
     return _SCIENTIFIC.sub(_decimal, text)
 
@@ -152,12 +158,12 @@ def plain(text: str) -> str:
     """Text without markdown, \\text{}, quotes, a final period and repeated white space."""
     text = _TEXT_COMMAND.sub(r"\1", _BOLD.sub(r"\2", text)).replace("\\ ", " ")
     text = " ".join(text.split()).strip(_WRAPPING)
-    return text.rstrip(".!").strip(_WRAPPING)
+    return _STOP.sub("", text).strip(_WRAPPING)
 
 
 def _first_sentence(text: str) -> str:
     line = next((line for line in text.splitlines() if line.strip(_WRAPPING)), "")
-    return re.split(r"(?<!\bvs)[.!](?:\s|$)", line.strip(" *_\t"), maxsplit=1)[0]
+    return _SENTENCE_END.split(line.strip(" *_\t"), maxsplit=1)[0]
 
 
 def _is_prose(text: str) -> bool:
@@ -176,17 +182,22 @@ def _same(first: str, second: str) -> bool:
 
 
 def _same_words(gold: str, found: Found, text: str) -> bool:
-    """Whether the answer, its first sentence or the last words in bold are the gold ones."""
+    """Whether the gold words are the answer, its first sentence less a reason, the last words in
+    bold, the end of a single sentence, or the yes or no that it begins with."""
     candidates = [found.text]
-    if found.place == "label":
+    if found.place in ("label", "text"):
         sentence = _first_sentence(found.text)
-        candidates += [sentence, _REASON.sub("", sentence)]
-    elif found.place == "text":
-        candidates += [bold for _, bold in _BOLD.findall(text)[-1:]]
-        candidates += [match[1] for match in [_SHORT_REPLY.match(found.text)] if match]
+        candidates += [match[1] for match in [_SHORT_REPLY.match(sentence)] if match]
+        if found.place == "label":
+            candidates += [sentence, _REASON.sub("", sentence)]
+        else:
+            candidates += [bold for _, bold in _BOLD.findall(text)[-1:]]
+            only = plain(sentence) == plain(found.text)
+            candidates += [match[1] for match in [_ENDING.search(sentence)] if match and only]
     if _CLOCK_OR_DATE.fullmatch(plain(gold)):
         dates = [match[0] for match in _CLOCK_OR_DATE.finditer(found.text)]
         candidates += dates[:1] if found.place == "label" else dates[-1:]
+        gold, candidates = gold.replace(" ", ""), [part.replace(" ", "") for part in candidates]
     return any(_same(candidate, gold) for candidate in candidates)
 
 
@@ -260,13 +271,17 @@ class MathVerify:
         # Without dollars or a box only plain numbers and words parse.
         expected = self.library.parse(f"${gold}$") or self.library.parse(gold)
         digits = _digits(expected)
+        found = _exact_or_rounded(found, gold)
         readings = [self._read(found)]
         if found.place == "box" and "," in gold:
             readings.append(self.library.parse(answer))  # it takes boxes side by side as a list
         if found.place in ("label", "text") and _BRACKETS.search(gold):
             readings += [self.library.parse(f"${b}$") for b in _BRACKETS.findall(found.text)[-1:]]
         return any(
-            self.library.verify(expected, reading, float_rounding=digits) for reading in readings
+            self.library.verify(
+                expected, reading, float_rounding=digits, allow_set_relation_comp=True
+            )
+            for reading in readings
         )
 
     def _read(self, found: Found) -> list[Any]:
@@ -283,6 +298,16 @@ class MathVerify:
             if candidate and formula and not _is_prose(candidate):
                 return parse(f"${candidate}$") or parse(text)
         return parse(f"answer: {text}" if found.place == "label" else text)
+
+
+def _exact_or_rounded(found: Found, gold: str) -> Found:
+    """Of "5/6 \\approx 0.83" the form that the gold answer has."""
+    if "." not in gold:
+        return found._replace(text=_APPROXIMATION.sub("", found.text))
+    rounded = list(_APPROXIMATION.finditer(found.text.rstrip(". $\n")))
+    if rounded and rounded[-1].end() == len(rounded[-1].string):
+        return found._replace(text=rounded[-1][1])
+    return found
 
 
 def _digits(expected: list[Any]) -> int:

@@ -3,7 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_chat import make_sample_cfg, save_causal_lm, write_lines
+from tiny_chat import (
+    CHAT_TEMPLATE,
+    make_sample_cfg,
+    make_tokenizer,
+    save_causal_lm,
+    write_lines,
+)
 
 from train import sample
 from train.config import ModelConfig, RunConfig
@@ -216,6 +222,50 @@ def test_a_changed_prompt_under_the_same_id_is_refused(cfg, tmp_path):
             sample.run(cfg)
     finally:
         path.write_text(text)
+
+
+def test_what_rank_cannot_judge_is_refused_before_the_model_is_loaded(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_sampler", None)
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "Hi", "answer": "5"}, {"prompt": "Ho"}])
+    cfg.prompts.path = str(path)
+    with pytest.raises(ValueError, match=r"rank\.judge: .* got none for 1 of 2, the first"):
+        sample.run(cfg)
+
+
+def test_every_prompt_is_rendered_before_the_first_is_sampled(cfg, tmp_path, monkeypatch, capsys):
+    turns = [{"role": "user", "content": "Hi"}]
+    records = [{"messages": turns, "answer": "5"}, {"messages": turns, "tools": [{}], "answer": 5}]
+    cfg.prompts.path = str(write_lines(tmp_path / "p.jsonl", records))
+    cfg.run_dir = str(tmp_path / "run")
+    monkeypatch.setattr(sample, "sample_batch", None)
+    with pytest.raises(ValueError, match=r"prompt '.*': tools: expected a chat template"):
+        sample.run(cfg)
+    assert not responses_path(cfg).exists()
+    printed = capsys.readouterr().out
+    assert r"thinking: a prompt ends in" in printed
+    assert r"assistant\n<think>\n'" in printed
+
+
+def test_tools_are_stored_with_their_prompt(cfg, tmp_path):
+    """A run that goes on refuses other tools; prompts without any are stored as ever."""
+    cfg.run_dir = str(tmp_path / "run")
+    template = "{{ tools | tojson if tools else '' }}" + CHAT_TEMPLATE
+    folder = save_causal_lm(tmp_path / "tools")
+    make_tokenizer(template).save_pretrained(folder)
+    cfg.model.name = str(folder)
+    records = [{"prompt": "Hi", "id": "a", "answer": "5", "tools": [{"name": "add"}]},
+               {"prompt": "Ho", "id": "b", "answer": "5"}]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    cfg.prompts.path = str(write_lines(path, records))
+    sample.run(cfg)
+    first, second = (record for _, record in read_responses(responses_path(cfg)))
+    assert first["tools"] == [{"name": "add"}]
+    assert "tools" not in second
+    sample.run(cfg)
+    records[0]["tools"] = [{"name": "subtract"}]
+    write_lines(path, records)
+    with pytest.raises(ValueError, match=r"jsonl:1: expected the messages and tools of prompt 'a'"):
+        sample.run(cfg)
 
 
 @pytest.mark.parametrize(
