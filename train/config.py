@@ -18,7 +18,9 @@ class ModelConfig:
     attention: "auto" takes flash-attn, else torch's varlen kernel, else sdpa, on a CPU segment by
     segment; a name of transformers, "torch_varlen" or "sdpa_segments" is taken at its word.
     trace_open / trace_close: the markers around a trace; empty_trace: the literal that stands for
-    an empty trace in the prompt of NoThinking mode.
+    an empty trace in the prompt of NoThinking mode. thinking_switch: the chat template's boolean
+    variable that asks for a trace; None: the one that it reads of `enable_thinking`, `thinking`,
+    `enable_reasoning`, `reasoning`; "": none.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -29,6 +31,7 @@ class ModelConfig:
     trace_open: str = "<think>\n"
     trace_close: str = "</think>"
     empty_trace: str = "<think>\n\n</think>\n\n"
+    thinking_switch: str | None = None
     trust_remote_code: bool = False
 
 
@@ -84,7 +87,7 @@ class SampleConfig:
 
     prompts_per_batch: prompts, times num_responses, of one call of generate; a prompt's samples
     depend on it and on the seed, not on where a run was interrupted.
-    instruction: system text of thinking mode, `{open}` and `{close}` being the markers; None: a
+    instruction: system text of both modes, `{open}` and `{close}` being the markers; None: a
     built-in one, only for models whose template has no traces; "": none.
     examples: solved questions before the prompt, in both modes.
     """
@@ -103,13 +106,15 @@ class SampleConfig:
 class RankConfig:
     """How answers are scored and pairs chosen.
 
-    judge "verifier": the task's own; "reward_model": a sequence classifier of transformers.
+    judge "verifier": the task's own, math-verify for free answers, which need a gold `answer`;
+    "reward_model": a sequence classifier of transformers; "none": `sample` only. `sample` checks
+    that the judge can serve its prompts.
     min_margin: a smaller difference between best and worst is a tie.
     both_kinds: keep only prompts that gave a pair of each kind.
     output: the file of pairs; None: pairs.jsonl in `run_dir`.
     """
 
-    judge: Literal["verifier", "reward_model"] = "verifier"
+    judge: Literal["verifier", "reward_model", "none"] = "verifier"
     reward_model: str | None = None
     trust_remote_code: bool = False
     min_margin: float = 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 from train.config import PromptsConfig
 
-Message = dict[str, str]
+# role, content and whatever else a template reads, such as tool_calls.
+Message = dict[str, Any]
 
 # A task name that no verifier of reasoning-gym has: prompts that bring at most a gold answer.
 FREE_TEXT = "free_text"
@@ -22,12 +24,13 @@ class Prompt:
     """A conversation and its task: `{"name": ..., "entry": {"question", "answer", "metadata"}}`.
 
     The entry is what reasoning-gym's verifier of that name scores an answer with; under the name
-    "free_text" it holds the gold answer, or None.
+    "free_text" it holds the gold answer, or None. tools: JSON schemas for the chat template.
     """
 
     prompt_id: str
     messages: list[Message]
     task: dict[str, Any]
+    tools: list[dict[str, Any]] | None = None
 
 
 def load_prompts(cfg: PromptsConfig) -> list[Prompt]:
@@ -44,7 +47,7 @@ def load_prompts(cfg: PromptsConfig) -> list[Prompt]:
     if cfg.path is None:
         raise ValueError(f"prompts.path: expected a path for source {cfg.source}, got None")
     records = read_jsonl(Path(cfg.path)) if cfg.source == "jsonl" else _dataset(cfg)
-    return from_records(records, cfg.size)
+    return from_records(records, cfg.size, f"prompts.path: {cfg.path}")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -70,7 +73,21 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r} ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    if b"\\ud" in line.lower():  # half of a surrogate pair can only come as an escape
+        check_encodable(record, where)
     return record
+
+
+def check_encodable(record: Mapping[str, Any], where: str) -> None:
+    """ValueError naming the field with half of a surrogate pair, which no tokenizer takes."""
+    for name, value in record.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(
+                f"{where}: {name!a}: expected Unicode text, got half of a surrogate pair, {half!a}"
+            ) from error
 
 
 def _dataset(cfg: PromptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -82,7 +99,7 @@ def _dataset(cfg: PromptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
             rows = datasets.load_from_disk(cfg.path)
         else:
             rows = datasets.load_dataset(cfg.path, split=cfg.split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
             f"prompts.path: expected a dataset that `datasets` can load, got {cfg.path!r} "
@@ -98,26 +115,64 @@ def _messages(record: Mapping[str, Any], where: str) -> list[Message]:
         prompt = record.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(
-                f"{where}: expected a text `prompt` or a list `messages`, got {sorted(record)}"
+                f"{where}: expected a text `prompt` or a list `messages`, got "
+                + (f"prompt {prompt!r:.60}" if "prompt" in record else str(sorted(record)))
             )
         return [{"role": "user", "content": prompt}]
-    well_formed = isinstance(messages, list) and all(
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in messages
-    )
-    if not well_formed or not messages or messages[-1]["role"] == "assistant":
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        got = next((m for m in messages if not _is_message(m)), messages) if messages else messages
         raise ValueError(
-            f"{where}: expected `messages` as a list of {{role, content}} that ends before the "
-            f"assistant's turn, got {str(messages)[:80]}"
+            f"{where}: expected `messages` as a list of {{role, content}}, texts, got {got!r:.80}"
         )
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    last = messages[-1]
+    if last["role"] == "assistant" or not (last.get("content") or "").strip():
+        raise ValueError(
+            f"{where}: expected `messages` that end with a text before the assistant's turn, got "
+            f"{last!r:.80}"
+        )
+    # Columns of a dataset hold None where a message has no such field.
+    return [
+        {key: value for key, value in message.items() if value is not None} for message in messages
+    ]
 
 
-def from_records(records: Iterable[tuple[str, dict[str, Any]]], size: int) -> list[Prompt]:
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def _text_or_number(record: Mapping[str, Any], name: str, where: str) -> str | None:
+    """A field as text; None if it is absent or null."""
+    value = record.get(name)
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not isinstance(value, str) and not (number and math.isfinite(value)):
+        raise ValueError(f"{where}: {name}: expected a text or a number, got {value!r:.60}")
+    if not str(value).strip():
+        raise ValueError(f"{where}: {name}: expected a text, got {value!r}")
+    return str(value)
+
+
+def _tools(record: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
+    tools = record.get("tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{where}: tools: expected a list of JSON schemas, got {tools!r:.60}")
+    return tools
+
+
+def from_records(
+    records: Iterable[tuple[str, dict[str, Any]]], size: int, source: str = "prompts.path"
+) -> list[Prompt]:
     """The first `size` of ("file:line", record with `prompt` or `messages`, and optionally `id`,
-    `answer` and `metadata`).
+    `answer`, `tools` and `metadata`).
+
+    Args:
+        source: the option, and file, that an error names when there is no record.
 
     Raises:
         ValueError: for a malformed record or a repeated id, naming it; for no record at all.
@@ -126,21 +181,21 @@ def from_records(records: Iterable[tuple[str, dict[str, Any]]], size: int) -> li
     for where, record in records:
         if len(prompts) == size:
             break
-        messages = _messages(record, where)
-        digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
-        prompt_id = str(record.get("id", digest[:16]))
+        messages, tools = _messages(record, where), _tools(record, where)
+        content: Any = [messages, tools] if tools else messages
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        prompt_id = _text_or_number(record, "id", where) or digest[:16]
         if prompt_id in prompts:
             raise ValueError(f"{where}: expected a prompt of its own id, got {prompt_id!r} again")
-        answer = record.get("answer")
         entry = {
             "question": messages[-1]["content"],
-            "answer": None if answer is None else str(answer),
+            "answer": _text_or_number(record, "answer", where),
             "metadata": record.get("metadata"),
         }
         task = {"name": FREE_TEXT, "entry": entry}
-        prompts[prompt_id] = Prompt(prompt_id, messages, task)
+        prompts[prompt_id] = Prompt(prompt_id, messages, task, tools)
     if not prompts:
-        raise ValueError("prompts.path: expected at least one prompt, got none")
+        raise ValueError(f"{source}: expected at least one prompt, got none")
     return list(prompts.values())
 
 

@@ -18,13 +18,18 @@ from train.judges import Judge, build_judge
 from train.modes import KIND_OF_MODE, THINKING
 from train.pairs import meta_path, provenance, write_pairs
 from train.prompts import parse_object
-from train.sample import read_responses, responses_path
+from train.responses import read_responses, responses_path
 
 # Why a response is not scored, in the order of the checks; why a prompt gives no pair.
 DROPS = ("unfinished", "too_long", "missing_close", "empty_answer")
 NO_PAIR = ("fewer_than_two", "ties")
 # A verifier's full mark; some give partial credit.
 CORRECT = 1.0 - 1e-9
+
+
+def never_closed(response: Mapping[str, Any], mode: str, trace_close: str) -> bool:
+    """Whether a trace has no end; in NoThinking the prompt has closed it."""
+    return mode == THINKING and trace_close not in response["text"]
 
 
 def answer_of(
@@ -35,13 +40,12 @@ def answer_of(
     The answer is the text after the last close marker; in NoThinking the prompt has closed the
     trace, so a response without a marker is an answer from its beginning.
     """
-    _, marker, answer = response["text"].rpartition(trace_close)
-    answer = answer.strip()
+    answer = response["text"].rpartition(trace_close)[2].strip()
     if not response["finished"]:
         return "unfinished", answer
     if len(response["ids"]) > max_tokens:
         return "too_long", answer
-    if not marker and mode == THINKING:
+    if never_closed(response, mode, trace_close):
         return "missing_close", answer
     return (None, answer) if answer else ("empty_answer", answer)
 
@@ -129,11 +133,14 @@ def run(cfg: RunConfig) -> None:
     """
     path = responses_path(cfg)
     records = list(read_responses(path))
-    sidecar = meta_path(path)
-    if not sidecar.is_file():
-        raise FileNotFoundError(f"{path}: expected its sidecar {sidecar.name} beside it, got none")
-    sampled = parse_object(sidecar.read_bytes(), str(sidecar))
-    trace_close = sampled["settings"]["model.trace_close"]
+    if not records:
+        raise ValueError(f"{path}: expected at least one prompt with responses, got none")
+    sampled, trace_close = _sidecar(path)
+    for where, record in records:
+        if set(record["modes"]) != set(KIND_OF_MODE):
+            raise ValueError(
+                f"{where}: modes: expected {list(KIND_OF_MODE)}, got {list(record['modes'])}"
+            )
     judge = build_judge(cfg.rank)
     counts = {mode: Counts() for mode in KIND_OF_MODE}
     units = []
@@ -151,19 +158,54 @@ def run(cfg: RunConfig) -> None:
     print(format_table(tables))
     print(f"units {len(units)}, of them with both kinds {both}")
     if not units:
-        raise ValueError(f"{path}: no prompt gave a pair (see the counts above)")
+        raise ValueError(f"{path}: no prompt gave a pair: {_why_no_pair(tables)}")
     meta = {
         "settings": sampled["settings"],
         "rank": {"judge": cfg.rank.judge, "reward_model": cfg.rank.reward_model,
                  "min_margin": cfg.rank.min_margin, "both_kinds": cfg.rank.both_kinds,
                  "max_response_tokens": cfg.rank.max_response_tokens},
         "counts": {**tables, "units": len(units), "units_with_both_kinds": both},
-        "sample_command": sampled["command"],
+        "sample_command": sampled.get("command"),
         **provenance(),
     }  # fmt: skip
     output = output_path(cfg)
     write_pairs(output, units, meta)
     print(f"pairs: {output}")
+
+
+def _sidecar(path: Path) -> tuple[dict[str, Any], str]:
+    """The sidecar of the responses, and the marker that ends their traces."""
+    sidecar = meta_path(path)
+    if not sidecar.is_file():
+        raise FileNotFoundError(f"{path}: expected its sidecar {sidecar.name} beside it, got none")
+    sampled = parse_object(sidecar.read_bytes(), str(sidecar))
+    settings = sampled.get("settings")
+    trace_close = settings.get("model.trace_close") if isinstance(settings, dict) else None
+    if not isinstance(trace_close, str) or not trace_close:
+        raise ValueError(
+            f"{sidecar}: settings: expected model.trace_close, a text, got {trace_close!r}"
+        )
+    return sampled, trace_close
+
+
+# What helps against each reason.
+_HELP = {
+    "unfinished": "raise sample.max_new_tokens",
+    "too_long": "raise rank.max_response_tokens",
+    "missing_close": "are model.trace_open and model.trace_close those of the model?",
+    "ties": "all answers of a prompt score the same: more or easier prompts, or more responses",
+}
+
+
+def _why_no_pair(tables: Mapping[str, Mapping[str, float]]) -> str:
+    """The counts that are not 0, per mode, and what helps against the largest."""
+    parts, totals = [], Counter[str]()
+    for mode, table in tables.items():
+        found = {name: int(table[name]) for name in (*DROPS, *NO_PAIR) if table[name]}
+        totals.update(found)
+        parts.append(f"{mode} " + (", ".join(f"{n} {name}" for name, n in found.items()) or "-"))
+    largest = next((name for name, _ in totals.most_common() if name in _HELP), None)
+    return "; ".join(parts) + (f" ({largest}: {_HELP[largest]})" if largest else "")
 
 
 def format_table(tables: Mapping[str, Mapping[str, float]]) -> str:

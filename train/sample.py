@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,14 +20,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from train.config import RunConfig, SampleConfig
+from train.judges import check_judge
 from train.models import load_model, tokenizer_fingerprint
-from train.modes import KIND_OF_MODE, THINKING, build_prompts
+from train.modes import KIND_OF_MODE, THINKING, build_prompts, render_prompts
 from train.pairs import meta_path, provenance, write_json
 from train.prompts import Prompt, load_prompts, parse_object
-
-
-def responses_path(cfg: RunConfig) -> Path:
-    return Path(cfg.run_dir) / "responses.jsonl"
+from train.responses import drop_unfinished_line, finished_prompts, responses_path
 
 
 def settings(cfg: RunConfig, tokenizer: Any) -> dict[str, Any]:
@@ -67,60 +65,6 @@ def check_settings(current: Mapping[str, Any], path: Path) -> None:
             f"{path}: was sampled with other settings (use another run_dir or the same settings): "
             + "; ".join(differing)
         )
-
-
-def read_responses(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", record) of each complete line.
-
-    The last line may lack its end, when the writer was killed: it is left out, with a message.
-
-    Raises:
-        ValueError: naming file and line, for any other malformed line or a repeated prompt.
-        FileNotFoundError: for a missing file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; run `sample` first")
-    seen: set[str] = set()
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if not line.endswith(b"\n"):
-                tqdm.write(f"{where}: this last line is incomplete and left out")
-                return
-            record = parse_object(line, where)
-            if not {"prompt_id", "messages", "task", "modes"} <= record.keys():
-                raise ValueError(f"{where}: expected a line of responses, got {sorted(record)}")
-            if record["prompt_id"] in seen:
-                raise ValueError(
-                    f"{where}: expected a new prompt, got {record['prompt_id']!r} again"
-                )
-            seen.add(record["prompt_id"])
-            yield where, record
-
-
-def _drop_unfinished_line(path: Path) -> None:
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        tqdm.write(f"{path}: its last line is incomplete and is sampled again")
-        with path.open("r+b") as file:
-            file.truncate(end)
-
-
-def finished_prompts(path: Path, prompts: Iterable[Prompt]) -> set[str]:
-    """Ids of the prompts that the file holds.
-
-    Raises:
-        ValueError: if a stored prompt has the id of a configured one and another text.
-    """
-    wanted = {prompt.prompt_id: prompt.messages for prompt in prompts}
-    done = set()
-    for where, record in read_responses(path):
-        prompt_id = record["prompt_id"]
-        if prompt_id in wanted and record["messages"] != wanted[prompt_id]:
-            raise ValueError(f"{where}: expected the messages of prompt {prompt_id!r}, got others")
-        done.add(prompt_id)
-    return done
 
 
 def end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
@@ -223,13 +167,18 @@ def batch_seed(seed: int, mode: str, batch: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def _record(prompt: Prompt) -> dict[str, Any]:
+    record = asdict(prompt)
+    return record if prompt.tools else {k: v for k, v in record.items() if k != "tools"}
+
+
 def sample_batch(
     sampler: Engine, prompts: Sequence[Prompt], batch: int, cfg: RunConfig,
     modes: Sequence[str] = tuple(KIND_OF_MODE),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The records of a batch of prompts in some modes."""
     inputs = [build_prompts(sampler.tokenizer, prompt, cfg.model, cfg.sample) for prompt in prompts]
-    records = [{**asdict(prompt), "modes": {}} for prompt in prompts]
+    records = [{**_record(prompt), "modes": {}} for prompt in prompts]
     for mode in modes:
         limit = cfg.sample.max_new_tokens if mode == THINKING else cfg.sample.max_new_tokens_empty
         drawn = sampler.draw(
@@ -259,6 +208,7 @@ def run(cfg: RunConfig) -> None:
     """`sample`: responses of the configured prompts into `run_dir`; finished prompts are kept."""
     check_config(cfg.sample)
     prompts = load_prompts(cfg.prompts)
+    check_judge(cfg.rank, prompts)  # hours before `rank` needs it
     path = fill(cfg, prompts, load_sampler)
     print(f"responses of {len(prompts)} prompts: {path}")
 
@@ -269,6 +219,19 @@ def load_sampler(cfg: RunConfig) -> Sampler:
     model, tokenizer = load_model(replace(settings, param_dtype=settings.compute_dtype))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Sampler(model.to(device), tokenizer, cfg.sample)  # type: ignore[arg-type]
+
+
+def check_prompts(tokenizer: Any, prompts: Sequence[Prompt], cfg: RunConfig) -> None:
+    """Render every prompt before the first is sampled, and print how the first one ends.
+
+    Raises:
+        ValueError: as `render_prompts`.
+    """
+    for number, prompt in enumerate(prompts):
+        texts = render_prompts(tokenizer, prompt, cfg.model, cfg.sample)
+        if number == 0:
+            for mode, text in texts.items():
+                print(f"{mode}: a prompt ends in {text[-40:]!r}")
 
 
 def fill(
@@ -287,8 +250,9 @@ def fill(
     done: set[str] = set()
     if path.exists():
         check_settings(current, path)
-        _drop_unfinished_line(path)
+        drop_unfinished_line(path)
         done = finished_prompts(path, prompts)
+    check_prompts(sampler.tokenizer, prompts, cfg)
     write_json(meta_path(path), {"settings": current, **provenance()})
     _sample_all(sampler, prompts, done, cfg, path, modes)
     return path

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from tiny_chat import save_causal_lm, write_lines
@@ -14,9 +15,9 @@ from train import cli, sample
 from train.config import ModelConfig, RunConfig, SampleConfig
 from train.evaluation import engines, run, writers
 from train.evaluation.config import EvaluateConfig
-from train.evaluation.intervals import bootstrap, pass_at, summarize
+from train.evaluation.intervals import pass_at, proportion, summarize
 from train.evaluation.questions import load_questions
-from train.evaluation.scores import MathVerify, score_responses
+from train.evaluation.scores import score_responses
 from train.judges import Verifier
 
 TEXT = "# Title\n\nA **bold** word, `x`.\n\n- one\n- two\n1. first\n```\n# not a header\n```\n"
@@ -32,7 +33,7 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 def make_cfg(tmp_path, model_folder="unused", **options) -> EvaluateConfig:
-    sizes = {"max_new_tokens": 6, "batch": 2, "bootstrap": 200, "engine": "transformers"}
+    sizes = {"max_new_tokens": 6, "batch": 2, "engine": "transformers"}
     model = ModelConfig(name=str(model_folder), compute_dtype="float32")
     return EvaluateConfig(run_dir=str(tmp_path / "run"), model=model, **{**sizes, **options})
 
@@ -129,6 +130,17 @@ def test_questions(tmp_path, name, record, question, answer, suffix):
     [
         ("math_500", {"problem": "y?"}, r"q\.jsonl:1: expected an answer in one of"),
         ("math_500", {"answer": "1"}, r"q\.jsonl:1: expected a question in one of"),
+        ("math_500", {"problem": None}, r"q\.jsonl:1: expected a question .*'problem': None"),
+        ("math_500", {"problem": "y?", "answer": None}, r"q\.jsonl:1: .*, got {'answer': None}"),
+        ("math_500", {"problem": "y?", "answer": {}}, r"q\.jsonl:1: answer: expected a text or a"),
+        ("math_500", {"problem": "y?", "answer": [None]}, r"q\.jsonl:1: answer: expected a text"),
+        (
+            "aime_2024",
+            {"id": [1], "problem": "y?", "answer": 1},
+            r"q\.jsonl:1: id: expected a text",
+        ),
+        ("math_500", {"problem": "\ud800", "answer": 1}, r"q\.jsonl:1: 'problem': expected Unic"),
+        ("arena_hard_v0.1", {"turns": [None]}, r"q\.jsonl:1: expected a question"),
         ("arena_hard_v0.1", {"turns": [{"content": "a"}, {"content": "b"}]}, "expected a question"),
         ("alpaca_eval_2", {"prompt": "x"}, r"expected a question in one of \('instruction',\)"),
     ],
@@ -139,33 +151,20 @@ def test_malformed_questions(tmp_path, name, record, message):
         load_questions(make_cfg(tmp_path, benchmark=name, data=str(path)))
 
 
+def test_what_the_answers_need_is_checked_before_sampling(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "fill", None)
+    path = write_lines(tmp_path / "q.jsonl", [{"prompt": "Do."}])
+    with pytest.raises(ValueError, match=r"data: expected questions with one of .*uid"):
+        run.run(make_cfg(tmp_path, benchmark="arena_hard_v2", data=str(path)))
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    path = write_lines(tmp_path / "m.jsonl", [{"problem": "1?", "answer": "1"}])
+    with pytest.raises(ValueError, match=r"benchmark: judging free .* math-verify"):
+        run.run(make_cfg(tmp_path, benchmark="math", data=str(path)))
+
+
 def test_questions_that_no_hub_dataset_holds(tmp_path):
     with pytest.raises(ValueError, match="data: expected the file of alpaca_eval_2's questions"):
         load_questions(make_cfg(tmp_path, benchmark="alpaca_eval_2"))
-
-
-@pytest.mark.parametrize(
-    ("gold", "text", "score"),
-    [
-        ("\\frac{1}{2}", "So the answer is \\boxed{0.5}.", 1.0),
-        ("025", "\\boxed{25}", 1.0),
-        ("x+1", "Hence $1+x$", 1.0),
-        ("3, 5", "\\boxed{5, 3}", 1.0),
-        ("2.88e16", "\\boxed{2.88 \\times 10^{16}}", 1.0),
-        ("$42$", "It is 42", 1.0),
-        ("42", "First 42, but \\boxed{43}", 0.0),
-        ("42", "no idea", 0.0),
-    ],
-)
-def test_math_verify(gold, text, score):
-    pytest.importorskip("math_verify")
-    assert MathVerify()({"task": {"entry": {"answer": gold}}}, text) == score
-
-
-def test_math_verify_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ValueError, match="benchmark: a math set expects the package math-verify"):
-        MathVerify()
 
 
 def test_only_what_follows_the_trace_is_judged():
@@ -179,7 +178,9 @@ def test_only_what_follows_the_trace_is_judged():
     record = {"prompt_id": "p", "task": {"name": "free_text", "entry": entry}, "modes": modes}
     scores, counts = score_responses([record], "thinking", Verifier(), EvaluateConfig())
     assert scores == [[1.0, 0.0, 0.0, 0.0]]
-    assert counts == {"responses": 4, "missing_close": 1, "unfinished": 1}
+    assert counts == {
+        "responses": 4, "unjudged": 2, "missing_close": 1, "unfinished": 1, "empty_answer": 0
+    }  # fmt: skip
     scores, _ = score_responses([record], "no_thinking", Verifier(), EvaluateConfig())
     assert scores == [[1.0, 0.0, 1.0, 0.0]]
 
@@ -197,7 +198,7 @@ def test_pass_at_k_is_the_share_of_draws_without_replacement():
 
 def test_summary_and_its_intervals():
     scores = [[1.0, 0.0, 0.0, 1.0]] * 30 + [[0.0, 0.0, 0.0, 0.5]] * 70
-    summary = summarize(scores, 2000)
+    summary = summarize(scores)
     assert list(summary) == ["avg@4", "pass@1", "pass@2", "pass@4"]
     assert summary["avg@4"].mean == pytest.approx(0.3 * 0.5 + 0.7 * 0.125)
     assert summary["pass@1"].mean == pytest.approx(0.15)  # half credit is no pass
@@ -205,9 +206,49 @@ def test_summary_and_its_intervals():
     half = 1.96 * math.sqrt(0.3 * 0.7 / 100)
     assert summary["pass@4"].low == pytest.approx(0.3 - half, abs=0.02)
     assert summary["pass@4"].high == pytest.approx(0.3 + half, abs=0.02)
-    assert bootstrap([1.0] * 5, 10) == bootstrap([1.0] * 9, 10)
     with pytest.raises(ValueError, match="same number of samples"):
-        summarize([[1.0], [1.0, 0.0]], 10)
+        summarize([[1.0], [1.0, 0.0]])
+
+
+@pytest.mark.parametrize(("right", "questions"), [(0, 4), (4, 4), (1, 2), (3, 10), (99, 100)])
+def test_zeros_and_ones_have_the_interval_of_the_score_test(right, questions):
+    """Wilson's ends are where |p - mean| is 1.96 standard errors of p, not of the mean."""
+    found = proportion([1.0] * right + [0.0] * (questions - right))
+    assert found.mean == right / questions
+    for end in (found.low, found.high):
+        if end not in (0.0, 1.0):
+            error = math.sqrt(end * (1 - end) / questions)
+            assert abs(end - found.mean) / error == pytest.approx(1.959964, rel=1e-5)
+    assert found.low < found.high
+    assert (found.low == 0.0) == (right == 0)
+    assert (found.high == 1.0) == (right == questions)
+
+
+def test_nothing_right_is_no_proof_of_zero():
+    none, all_right = summarize([[0.0] * 4] * 4), summarize([[1.0] * 4] * 4)
+    for name in ("avg@4", "pass@1", "pass@4"):
+        assert none[name].low == none[name].mean == 0.0
+        assert none[name].high == pytest.approx(0.4899, abs=1e-4)  # of 4 questions, not 16
+        assert all_right[name].low == pytest.approx(0.5101, abs=1e-4)
+    alike = proportion([0.5] * 4, samples=4)
+    assert alike.low < 0.2 < 0.8 < alike.high
+    with pytest.raises(ValueError, match=r"values: expected numbers in \[0, 1\]"):
+        proportion([])
+    with pytest.raises(ValueError, match=r"values: expected numbers in \[0, 1\]"):
+        proportion([1.5])
+
+
+@pytest.mark.parametrize(("questions", "samples"), [(4, 1), (5, 4), (30, 4), (10, 16)])
+def test_intervals_hold_the_truth_as_often_as_they_say(questions, samples):
+    """Questions of unequal difficulty, in beta distributions with known means."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for a, b in ((0.5, 2.0), (2.0, 2.0), (5.0, 0.5)):
+        for _ in range(300):
+            right = rng.binomial(samples, rng.beta(a, b, questions)) / samples
+            found = proportion(right, samples)
+            covered.append(found.low <= a / (a + b) <= found.high)
+    assert np.mean(covered) > 0.92  # a bootstrap holds it in 59 % of the first case
 
 
 def test_evaluate_writes_answers_and_resumes(tmp_path, model_folder, capsys, monkeypatch):
@@ -245,7 +286,11 @@ def test_evaluate_judges_reasoning_gym(tmp_path, model_folder, capsys):
     assert set(judged["summary"]) == {"avg@2", "pass@1", "pass@2"}
     assert [len(row) for row in judged["scores"].values()] == [2, 2, 2]
     assert judged["counts"]["responses"] == 6
-    assert "avg@2, %" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "avg@2, %" in printed
+    rows = dict(line.split() for line in printed.splitlines() if len(line.split()) == 2)
+    for name in ("responses", "unjudged", "missing_close", "unfinished", "empty_answer"):
+        assert int(rows[name]) == judged["counts"][name]
 
 
 def test_temperature_zero_takes_the_likeliest_token(model_folder):

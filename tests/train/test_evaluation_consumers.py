@@ -11,12 +11,12 @@ import pytest
 from tiny_chat import QWEN3_TEMPLATE, make_tokenizer, save_causal_lm, write_lines
 from transformers import GenerationConfig
 
+from train.answers import MathVerify
 from train.config import ModelConfig
 from train.evaluation import run, writers
 from train.evaluation.config import EvaluateConfig
 from train.evaluation.intervals import pass_at, summarize
 from train.evaluation.questions import SOURCES, load_questions
-from train.evaluation.scores import MathVerify
 
 INSTRUCTIONS = [{"instruction": f"Say {n}.", "dataset": "helpful_base"} for n in range(5)]
 PROBLEMS = [{"id": n, "problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(3)]
@@ -76,7 +76,7 @@ def test_lm_eval_runs_the_model_and_gets_our_prompts_and_answers(tmp_path, model
     cfg = EvaluateConfig(
         run_dir=str(tmp_path / "run"), benchmark="math", data=str(data), modes=[mode],
         model=ModelConfig(name=str(model_folder), compute_dtype="float32"), temperature=0.0,
-        max_new_tokens=8, batch=3, bootstrap=10, engine="transformers",
+        max_new_tokens=8, batch=3, engine="transformers",
     )  # fmt: skip
     run.run(cfg)
     lines = map(json.loads, (tmp_path / "run" / "responses.jsonl").open())
@@ -184,6 +184,6 @@ def test_lighteval_estimates_pass_at_k_as_we_do():
             for k in range(1, samples + 1):
                 theirs = metrics.PassAtK(k=k, n=samples).pass_at_k(scores)
                 assert pass_at(correct, samples, k) == pytest.approx(float(theirs))
-            (name, mean), *_ = summarize([scores], resamples=1).items()
+            (name, mean), *_ = summarize([scores]).items()
             assert name == f"avg@{samples}"
             assert mean.mean == pytest.approx(correct / samples)

@@ -1,10 +1,13 @@
+import sys
+
 import pytest
 import torch
 from tiny_chat import make_tokenizer, save_reward_model
 from transformers import AutoModelForSequenceClassification
 
 from train.config import RankConfig
-from train.judges import RewardModel, Verifier, build_judge, extract_final_answer
+from train.judges import RewardModel, Verifier, build_judge, check_judge, extract_final_answer
+from train.prompts import Prompt
 
 
 @pytest.mark.parametrize(
@@ -24,6 +27,16 @@ from train.judges import RewardModel, Verifier, build_judge, extract_final_answe
         ("Yes.", "Yes", "Yes"),
         ("anything", None, "anything"),
         ("Answer:", "1 2", "Answer:"),
+        (r"So \boxed{\text{12} } and not 13", "12", "12"),
+        (r"\boxed{\text{abc}}", "abc", "abc"),
+        ("Answer: 5. This follows from the 3 that remain.", "5", "5"),
+        ("The answer is 5, as 2 and 3 make it.", "5", "5"),
+        ("Answer: 2 + 3 = 5", "5", "5"),
+        ("It is \u22123", "-3", "-3"),
+        ("It is $12", "12", "12"),
+        ("It is 1e3", "1000", "1000"),
+        ("Answer:\n1 2\n3 4", "1 2\n3 4", "1 2\n3 4"),
+        ("a**b**", "a**b**", "a**b"),
     ],
 )
 def test_final_answer(text, gold, expected):
@@ -42,6 +55,8 @@ def record(name, answer, **metadata):
         ("free_text", "1200", "It is 1201", 0.0),
         ("free_text", "New  York", "new york.", 1.0),
         ("free_text", "New York", "York", 0.0),
+        ("free_text", r"\frac{1}{2}", r"so \boxed{\frac{1}{2}}", 1.0),
+        ("free_text", "2", r"so \boxed{\frac{1}{2}}", 0.0),
         ("chain_sum", "7", "The sum is 7", 1.0),
         ("chain_sum", "7", "8", 0.0),
         # Two of three letters stand where they should: reasoning-gym's partial credit.
@@ -55,6 +70,52 @@ def test_verifier(name, gold, answer, score):
 def test_verifier_needs_a_gold_answer():
     with pytest.raises(ValueError, match=r"rank\.judge: expected a gold answer for prompt 'p9'"):
         Verifier()(record("free_text", None), "x")
+
+
+def prompt(answer="1", name="free_text", messages=()):
+    entry = {"question": "?", "answer": answer, "metadata": None}
+    return Prompt("p9", list(messages), {"name": name, "entry": entry})
+
+
+def test_the_judge_is_checked_before_anything_is_sampled(monkeypatch):
+    check_judge(RankConfig(), [prompt(), prompt("7", "chain_sum")])
+    message = r"rank\.judge: expected a gold `answer` .*, got none for 1 of 2, the first 'p9'"
+    with pytest.raises(ValueError, match=message):
+        check_judge(RankConfig(), [prompt(), prompt(None)])
+    with pytest.raises(ValueError, match=r"rank\.judge: expected a task .*, got 'no_such_task'"):
+        check_judge(RankConfig(), [prompt(name="no_such_task")])
+    check_judge(RankConfig(judge="none"), [prompt(None)])
+    with pytest.raises(ValueError, match=r"rank\.judge: expected verifier or .*, got none"):
+        build_judge(RankConfig(judge="none"))
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ValueError, match=r"rank\.judge: judging free .*math-verify"):
+        check_judge(RankConfig(), [prompt()])
+    check_judge(RankConfig(), [prompt("7", "chain_sum")])  # needs no such package
+
+
+def test_the_reward_model_is_checked_without_its_weights(tmp_path):
+    folder = save_reward_model(tmp_path / "rm")
+    (folder / "model.safetensors").unlink()
+    cfg = RankConfig(judge="reward_model", reward_model=str(folder))
+    turn = {"role": "user", "content": "1+1?"}
+    check_judge(cfg, [prompt(None, messages=[turn])])
+    template = folder / "chat_template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    check_judge(cfg, [prompt(None, messages=[turn])])
+    message = r"rank\.reward_model: .* the roles \['system', 'user'\], got .* \(No system\)"
+    with pytest.raises(ValueError, match=message):
+        check_judge(cfg, [prompt(None, messages=[{"role": "system", "content": "x"}, turn])])
+    template.unlink()
+    with pytest.raises(ValueError, match=r"rank\.reward_model: .* chat template"):
+        check_judge(cfg, [prompt(None)])
+    with pytest.raises(ValueError, match=r"rank\.reward_model: expected a path .*, got None"):
+        check_judge(RankConfig(judge="reward_model"), [prompt(None)])
+    cfg.reward_model = str(tmp_path / "nothing")
+    with pytest.raises((FileNotFoundError, ValueError), match=r"^rank\.reward_model: expected"):
+        check_judge(cfg, [prompt(None)])
 
 
 def test_reward_model_scores_prompt_and_answer(tmp_path):

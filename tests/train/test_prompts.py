@@ -45,6 +45,23 @@ def test_jsonl_records(tmp_path):
         ('{"messages": [{"role": "user"}]}', "expected `messages`"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "before the assistant's turn"),
         ('{"prompt": "y", "id": "a"}', "expected a prompt of its own id, got 'a' again"),
+        ('{"prompt": null}', "expected a text `prompt` or .*, got prompt None"),
+        ('{"prompt": 3}', "expected a text `prompt` or .*, got prompt 3"),
+        ('{"prompt": ["x"]}', r"expected a text `prompt` or .*, got prompt \['x'\]"),
+        ('{"messages": "x"}', "expected `messages` as a list of .*, got 'x'"),
+        ('{"messages": [null]}', "expected `messages` as a list of .*, got None"),
+        ('{"messages": [{"role": "user", "content": null}]}', "messages` as .*'content': None"),
+        ('{"messages": [{"role": 1, "content": "x"}]}', "expected `messages` as .*'role': 1"),
+        ('{"messages": [{"role": "user", "content": " "}]}', "that end with a text"),
+        ('{"prompt": "y", "answer": {"a": 1}}', "answer: expected a text or a number, got {'a': 1"),
+        ('{"prompt": "y", "answer": true}', "answer: expected a text or a number, got True"),
+        ('{"prompt": "y", "answer": NaN}', "answer: expected a text or a number, got nan"),
+        ('{"prompt": "y", "answer": " "}', "answer: expected a text, got ' '"),
+        ('{"prompt": "y", "id": ["a"]}', r"id: expected a text or a number, got \['a'\]"),
+        ('{"prompt": "y", "tools": "add"}', "tools: expected a list of JSON schemas, got 'add'"),
+        (r'{"prompt": "y \ud83d"}', r"'prompt': expected Unicode .* half .*, '.ud83d'"),
+        (r'{"prompt": "y", "metadata": ["\udc00"]}', "'metadata': expected Unicode text"),
+        (r'{"messages": [{"role": "user", "content": "\uD800"}]}', "'messages': expected Unicode"),
     ],
 )
 def test_malformed_records_name_file_and_line(tmp_path, line, message):
@@ -52,6 +69,39 @@ def test_malformed_records_name_file_and_line(tmp_path, line, message):
     path.write_text('{"prompt": "x", "id": "a"}\n\n' + line + "\n")
     with pytest.raises(ValueError, match=rf"p\.jsonl:3: .*{message}"):
         from_jsonl(path)
+
+
+def test_whole_pairs_of_surrogates_nulls_and_blank_lines_are_fine(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '\n  \n{"prompt": "\\ud83d\\ude00", "id": null, "answer": null}\n\r\n'
+        '{"prompt": "y", "id": null, "answer": 0, "tools": null}\n'
+    )
+    first, second = from_jsonl(path)
+    assert first.messages == [{"role": "user", "content": "\N{GRINNING FACE}"}]
+    assert first.task["entry"]["answer"] is None
+    assert second.task["entry"]["answer"] == "0"
+    assert second.tools is None
+    assert len({first.prompt_id, second.prompt_id, "None"}) == 3
+
+
+def test_what_a_template_may_read_is_kept(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        {"role": "user", "content": "1+1?", "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "c"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    records = [{"messages": turns, "tools": tools}, {"messages": turns}]
+    first, second = from_jsonl(write_lines(tmp_path / "p.jsonl", records))
+    assert first.messages == second.messages == [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "c"},
+    ]  # fmt: skip
+    assert (first.tools, second.tools) == (tools, None)
+    assert first.prompt_id != second.prompt_id
 
 
 def test_missing_sources(tmp_path):
@@ -64,7 +114,7 @@ def test_missing_sources(tmp_path):
     with pytest.raises(ValueError, match=r"prompts\.size"):
         load_prompts(PromptsConfig(size=0))
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="expected at least one prompt"):
+    with pytest.raises(ValueError, match=r"prompts\.path: .*empty\.jsonl: expected at least one"):
         from_jsonl(tmp_path / "empty.jsonl")
 
 

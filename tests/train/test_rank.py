@@ -156,7 +156,11 @@ def test_reward_model_sees_the_answer_and_not_the_trace(tmp_path):
 
 def test_no_pair_at_all_is_an_error_with_the_counts(tmp_path, capsys):
     records = [make_record("p", "2", [response("</think>3"), response("</think>4")])]
-    with pytest.raises(ValueError, match=r"responses\.jsonl: no prompt gave a pair"):
+    message = (
+        r"responses\.jsonl: no prompt gave a pair: thinking 1 ties; no_thinking 1 fewer_than_two "
+        r"\(ties: all answers of a prompt score the same: more or easier prompts"
+    )
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, records)
     assert "ties" in capsys.readouterr().out
     assert not (tmp_path / "pairs.jsonl").exists()
@@ -183,6 +187,82 @@ def test_malformed_input_is_named(tmp_path):
     write_lines(tmp_path / "responses.jsonl", [make_record("p", "2", [])])
     with pytest.raises(FileNotFoundError, match=r"responses\.meta\.json"):
         rank.run(RunConfig(run_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["prompt_id"], None, "prompt_id: expected a text, got None"),
+        (["prompt_id"], 3, "prompt_id: expected a text, got 3"),
+        (["messages"], None, "messages: expected a list, got None"),
+        (["task"], None, "task: expected a name and an entry, got None"),
+        (["task", "entry"], "x", "task: expected a name and an entry"),
+        (["task", "entry", "answer"], 2, r"task\.entry\.answer: expected a text or null, got 2"),
+        (["modes"], [], r"modes: expected an object with \['thinking', 'no_thinking'\], got \[\]"),
+        (["modes"], {"slow": {}}, "modes: expected an object with"),
+        (["modes", THINKING], None, r"modes\.thinking: expected an object with prompt_ids"),
+        (["modes", THINKING, "responses"], None, r"modes\.thinking: expected an object with"),
+        (["modes", THINKING, "prompt_ids"], [1, None], r"thinking\.prompt_ids: expected a list of"),
+        (["modes", THINKING, "responses", 0], "x", r"responses\[0\]: expected an object, got 'x'"),
+        (["modes", THINKING, "responses", 0, "ids"], [], r"\[0\]\.ids: expected a list of token"),
+        (["modes", THINKING, "responses", 0, "ids"], None, r"\[0\]\.ids: expected a list of tok"),
+        (["modes", THINKING, "responses", 0, "ids"], [True], r"\[0\]\.ids: .*got \[True\]"),
+        (["modes", THINKING, "responses", 0, "ids"], [-1], r"\[0\]\.ids: .*got \[-1\]"),
+        (["modes", THINKING, "responses", 0, "text"], None, r"\[0\]\.text: expected a text, got"),
+        (["modes", THINKING, "responses", 0, "text"], "\ud800", "'modes': expected Unicode text"),
+        (["modes", THINKING, "responses", 0, "finished"], None, r"\[0\]\.finished: expected true"),
+    ],
+)
+def test_a_malformed_field_names_file_line_and_field(tmp_path, path, value, message):
+    records = [make_record(p, "2", [response("</think>2")]) for p in "ab"]
+    place = records[1]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match=rf"responses\.jsonl:2: {message}|jsonl:2: .*{message}"):
+        run(tmp_path, records)
+
+
+def test_responses_of_one_mode_are_refused(tmp_path):
+    record = make_record("p", "2", [response("</think>2")])
+    del record["modes"][NO_THINKING]
+    message = (
+        r"responses\.jsonl:1: modes: expected \['thinking', 'no_thinking'\], got \['thinking'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, [record])
+
+
+def test_blank_lines_are_passed_over_and_no_line_at_all_is_an_error(tmp_path):
+    pair = [response("</think>2"), response("</think>3")]
+    run(tmp_path, [make_record("p", "2", pair)])
+    path = tmp_path / "responses.jsonl"
+    path.write_text("\n" + path.read_text() + "  \n")
+    rank.run(RunConfig(run_dir=str(tmp_path)))
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"responses\.jsonl: expected at least one prompt"):
+        rank.run(RunConfig(run_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("meta", [{}, {"settings": None}, {"settings": {"model.trace_close": ""}}])
+def test_a_damaged_sidecar_is_named(tmp_path, monkeypatch, meta):
+    monkeypatch.setattr("test_rank.META", meta)
+    with pytest.raises(ValueError, match=r"meta\.json: settings: expected model\.trace_close"):
+        run(tmp_path, [make_record("p", "2", [])])
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "reason"),
+    [
+        (["x", "y"], {}, "2 missing_close"),
+        (["</think>2", "</think>3"], {"max_response_tokens": 2}, "2 too_long"),
+        (["</think>", "</think> "], {}, "2 empty_answer"),
+    ],
+)
+def test_the_reason_why_there_is_no_pair_is_named(tmp_path, texts, options, reason):
+    record = make_record("p", "2", [response(text) for text in texts])
+    with pytest.raises(ValueError, match=rf"gave a pair: thinking {reason}, 1 fewer_than_two"):
+        run(tmp_path, [record], **options)
 
 
 def test_a_judge_that_gives_nan_is_an_error(tmp_path, monkeypatch):

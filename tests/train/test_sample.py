@@ -3,12 +3,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_chat import make_sample_cfg, save_causal_lm, write_lines
+from tiny_chat import (
+    CHAT_TEMPLATE,
+    make_sample_cfg,
+    make_tokenizer,
+    save_causal_lm,
+    write_lines,
+)
 
 from train import sample
 from train.config import ModelConfig, RunConfig
 from train.models import load_model
 from train.modes import NO_THINKING, THINKING
+from train.responses import read_responses, responses_path
 
 # Prompts of unequal lengths, so that batches need padding; five of them in batches of two.
 TEXTS = ["Hi", "What is 2 + 3?", "Name a colour that is not red, please.", "1 + 1 =", "Why?"]
@@ -42,7 +49,7 @@ def cfg(finished_run, tmp_path) -> RunConfig:
 
 
 def responses(cfg: RunConfig) -> bytes:
-    return sample.responses_path(cfg).read_bytes()
+    return responses_path(cfg).read_bytes()
 
 
 def naive_draw(model, prompts, cfg, max_new_tokens, seed, ends):
@@ -99,7 +106,7 @@ def test_each_batch_and_mode_has_a_seed_of_its_own():
 
 def test_records_hold_ids_as_generated(finished_run):
     _, tokenizer = load_model(finished_run.model)
-    records = [record for _, record in sample.read_responses(sample.responses_path(finished_run))]
+    records = [record for _, record in read_responses(responses_path(finished_run))]
     assert [record["prompt_id"] for record in records] == [f"p{i}" for i in range(5)]
     assert [record["messages"][-1]["content"] for record in records] == TEXTS
     assert records[0]["task"]["entry"]["answer"] == "5"
@@ -130,7 +137,7 @@ def test_sidecar_records_what_made_the_file(finished_run):
 @pytest.mark.parametrize("share", [0.97, 0.7, 0.1])
 def test_a_killed_run_resumes_to_the_same_bytes(cfg, share, capsys):
     whole = responses(cfg)
-    sample.responses_path(cfg).write_bytes(whole[: int(share * len(whole))])
+    responses_path(cfg).write_bytes(whole[: int(share * len(whole))])
     sample.run(cfg)
     assert responses(cfg) == whole
     assert "incomplete" in capsys.readouterr().out
@@ -140,7 +147,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(cfg, share, capsys):
 def test_only_missing_prompts_are_appended(cfg, lines, monkeypatch):
     whole = responses(cfg)
     kept = b"".join(whole.splitlines(keepends=True)[:lines])
-    sample.responses_path(cfg).write_bytes(kept)
+    responses_path(cfg).write_bytes(kept)
     batches = []
     real = sample.sample_batch
     monkeypatch.setattr(
@@ -186,13 +193,13 @@ def test_a_missing_sidecar_is_refused(cfg):
 def test_a_malformed_line_names_file_and_line(cfg):
     lines = responses(cfg).splitlines(keepends=True)
     lines[1] = b'{"prompt_id": "p1", \n'
-    sample.responses_path(cfg).write_bytes(b"".join(lines))
+    responses_path(cfg).write_bytes(b"".join(lines))
     with pytest.raises(ValueError, match=r"responses\.jsonl:2: expected a JSON object"):
         sample.run(cfg)
 
 
 def test_a_foreign_line_names_file_and_line(cfg):
-    with sample.responses_path(cfg).open("a") as file:
+    with responses_path(cfg).open("a") as file:
         file.write('{"unit_id": "x"}\n')
     with pytest.raises(ValueError, match=r"responses\.jsonl:6: expected a line of responses"):
         sample.run(cfg)
@@ -200,13 +207,13 @@ def test_a_foreign_line_names_file_and_line(cfg):
 
 def test_a_prompt_that_comes_twice_names_file_and_line(cfg):
     lines = responses(cfg).splitlines(keepends=True)
-    sample.responses_path(cfg).write_bytes(b"".join([*lines, lines[1]]))
+    responses_path(cfg).write_bytes(b"".join([*lines, lines[1]]))
     with pytest.raises(ValueError, match=r"responses\.jsonl:6: expected a new prompt, got 'p1'"):
         sample.run(cfg)
 
 
 def test_a_changed_prompt_under_the_same_id_is_refused(cfg, tmp_path):
-    changed = [{"prompt": "Else", "id": "p0"}]
+    changed = [{"prompt": "Else", "id": "p0", "answer": "5"}]
     path = Path(str(cfg.prompts.path))
     text = path.read_text()
     try:
@@ -215,6 +222,50 @@ def test_a_changed_prompt_under_the_same_id_is_refused(cfg, tmp_path):
             sample.run(cfg)
     finally:
         path.write_text(text)
+
+
+def test_what_rank_cannot_judge_is_refused_before_the_model_is_loaded(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_sampler", None)
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "Hi", "answer": "5"}, {"prompt": "Ho"}])
+    cfg.prompts.path = str(path)
+    with pytest.raises(ValueError, match=r"rank\.judge: .* got none for 1 of 2, the first"):
+        sample.run(cfg)
+
+
+def test_every_prompt_is_rendered_before_the_first_is_sampled(cfg, tmp_path, monkeypatch, capsys):
+    turns = [{"role": "user", "content": "Hi"}]
+    records = [{"messages": turns, "answer": "5"}, {"messages": turns, "tools": [{}], "answer": 5}]
+    cfg.prompts.path = str(write_lines(tmp_path / "p.jsonl", records))
+    cfg.run_dir = str(tmp_path / "run")
+    monkeypatch.setattr(sample, "sample_batch", None)
+    with pytest.raises(ValueError, match=r"prompt '.*': tools: expected a chat template"):
+        sample.run(cfg)
+    assert not responses_path(cfg).exists()
+    printed = capsys.readouterr().out
+    assert r"thinking: a prompt ends in" in printed
+    assert r"assistant\n<think>\n'" in printed
+
+
+def test_tools_are_stored_with_their_prompt(cfg, tmp_path):
+    """A run that goes on refuses other tools; prompts without any are stored as ever."""
+    cfg.run_dir = str(tmp_path / "run")
+    template = "{{ tools | tojson if tools else '' }}" + CHAT_TEMPLATE
+    folder = save_causal_lm(tmp_path / "tools")
+    make_tokenizer(template).save_pretrained(folder)
+    cfg.model.name = str(folder)
+    records = [{"prompt": "Hi", "id": "a", "answer": "5", "tools": [{"name": "add"}]},
+               {"prompt": "Ho", "id": "b", "answer": "5"}]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    cfg.prompts.path = str(write_lines(path, records))
+    sample.run(cfg)
+    first, second = (record for _, record in read_responses(responses_path(cfg)))
+    assert first["tools"] == [{"name": "add"}]
+    assert "tools" not in second
+    sample.run(cfg)
+    records[0]["tools"] = [{"name": "subtract"}]
+    write_lines(path, records)
+    with pytest.raises(ValueError, match=r"jsonl:1: expected the messages and tools of prompt 'a'"):
+        sample.run(cfg)
 
 
 @pytest.mark.parametrize(

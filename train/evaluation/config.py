@@ -25,7 +25,6 @@ class EvaluateConfig:
     samples: responses per question, k of avg@k and pass@k. temperature 0: the likeliest token.
     batch: questions of one call of the engine. instruction: appended to every question of a math
     set. generator: the model's name in answer files; None: the last part of `model.name`.
-    bootstrap: resamples of the questions for the 95 % intervals.
     """
 
     run_dir: str = "runs/evaluate"
@@ -48,4 +47,3 @@ class EvaluateConfig:
     batch: int = 8
     instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
     generator: str | None = None
-    bootstrap: int = 2000

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from train.config import PromptsConfig
 from train.evaluation.config import EvaluateConfig
-from train.prompts import Prompt, from_records, load_prompts, read_jsonl
+from train.prompts import Prompt, check_encodable, from_records, load_prompts, read_jsonl
 
 
 class Source(NamedTuple):
@@ -59,7 +59,7 @@ def load_questions(cfg: EvaluateConfig) -> list[Prompt]:
     records = (
         (where, _prompt_record(cfg, source, record, where)) for where, record in _read(cfg, source)
     )
-    return from_records(records, limit)
+    return from_records(records, limit, f"data: {cfg.data or source.path}")
 
 
 def _read(cfg: EvaluateConfig, source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -84,9 +84,12 @@ def _read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         records = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(records, list) or not all(isinstance(item, dict) for item in records):
+    if not isinstance(records, list):
         raise ValueError(f"{path}: expected a list of objects, got {type(records).__name__}")
     for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}[{number}]: expected an object, got {record!r:.60}")
+        check_encodable(record, f"{path}[{number}]")
         yield f"{path}[{number}]", record
 
 
@@ -100,7 +103,7 @@ def _read_dataset(
             rows = datasets.load_from_disk(path)
         else:
             rows = datasets.load_dataset(path, subset, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
             f"data: expected a JSON file, a JSONL file or a dataset that `datasets` can load, got "
@@ -114,26 +117,37 @@ def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((record[name] for name in names if record.get(name) is not None), None)
 
 
+def _given(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """What a record holds under these names, or else its columns, for an error."""
+    given = {name: record[name] for name in names if name in record}
+    return str(given)[:80] if given else str(sorted(record))
+
+
 def _prompt_record(
     cfg: EvaluateConfig, source: Source, record: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """A record as `train.prompts` reads them."""
     question, answer = _first(record, source.question), _first(record, source.answer)
     if isinstance(question, list):  # the turns of Arena-Hard v0.1: one
-        question = question[0]["content"] if len(question) == 1 else None
+        turn = question[0] if len(question) == 1 else None
+        question = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise ValueError(
-            f"{where}: expected a question in one of {source.question}, got {sorted(record)}"
+            f"{where}: expected a question in one of {source.question}, got "
+            f"{_given(record, source.question)}"
         )
     if source.answer:
         if isinstance(answer, list):  # OlympiadBench: of several parts
-            answer = ", ".join(map(str, answer))
+            # A part of another type is refused as the whole would be.
+            plain_parts = all(isinstance(part, (str, int, float)) for part in answer)
+            answer = ", ".join(map(str, answer)) if plain_parts else answer
         if answer is None or not str(answer).strip():
             raise ValueError(
-                f"{where}: expected an answer in one of {source.answer}, got {sorted(record)}"
+                f"{where}: expected an answer in one of {source.answer}, got "
+                f"{_given(record, source.answer)}"
             )
         question = f"{question.strip()}\n\n{cfg.instruction}".strip()
     plain = json.loads(json.dumps(record, default=str))
     name = _first(record, source.name)
     made = {"prompt": question, "answer": answer, "metadata": plain}
-    return made if name is None else made | {"id": str(name)}
+    return made if name is None else made | {"id": name}

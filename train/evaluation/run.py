@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from train.evaluation.engines import loader
 from train.evaluation.intervals import Estimate, summarize
 from train.evaluation.questions import ANSWER_FILES, load_questions
 from train.evaluation.scores import build_judge, score_responses
-from train.evaluation.writers import Answer, write_answers
+from train.evaluation.writers import Answer, check_names, write_answers
+from train.judges import Judge
 from train.models import load_tokenizer
 from train.modes import KIND_OF_MODE
 from train.pairs import provenance, write_json
 from train.prompts import Prompt
-from train.rank import format_table
-from train.sample import fill, read_responses
+from train.rank import format_table, never_closed
+from train.responses import read_responses
+from train.sample import fill
 
 
 def run_config(cfg: EvaluateConfig) -> RunConfig:
@@ -41,7 +44,7 @@ def run_config(cfg: EvaluateConfig) -> RunConfig:
 
 def check(cfg: EvaluateConfig) -> None:
     """ValueError naming the option that is out of range."""
-    for name in ("samples", "max_new_tokens", "batch", "bootstrap"):
+    for name in ("samples", "max_new_tokens", "batch"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(cfg, name)}")
     if cfg.limit is not None and cfg.limit < 1:
@@ -67,26 +70,33 @@ def write_files(
 ) -> dict[str, Any]:
     """The benchmark's answer file: the first sample of each question, empty where it never ended
     its trace."""
-    tokenizer, answers, empty = load_tokenizer(cfg.model), [], 0
+    tokenizer, answers = load_tokenizer(cfg.model), []
+    counts = {"answers": len(records), "empty": 0, "missing_close": 0, "unfinished": 0}
     for record in records:
-        text = record["modes"][mode]["responses"][0]["text"]
-        _, marker, after = text.rpartition(cfg.model.trace_close)
-        # In NoThinking mode the prompt has closed the trace.
-        answer = after.strip() if marker or mode == "no_thinking" else ""
-        empty += not answer
+        response = record["modes"][mode]["responses"][0]
+        unclosed = never_closed(response, mode, cfg.model.trace_close)
+        answer = response["text"].rpartition(cfg.model.trace_close)[2].strip()
+        answer = "" if unclosed else answer
+        counts["empty"] += not answer
+        counts["missing_close"] += unclosed
+        counts["unfinished"] += not response["finished"]
         tokens = len(tokenizer(answer, add_special_tokens=False).input_ids)
         answers.append(Answer(record["task"]["entry"]["metadata"], answer, tokens))
     folder = Path(cfg.run_dir) / cfg.benchmark
     path = write_answers(cfg.benchmark, answers, generator_name(cfg, mode), folder)
-    print(f"{mode}: {len(answers)} answers, {empty} of them empty: {path}")
-    return {"file": str(path), "answers": len(answers), "empty": empty}
+    print(
+        f"{mode}: {len(answers)} answers, {counts['empty']} of them empty; "
+        f"{counts['missing_close']} never closed their trace, {counts['unfinished']} were cut at "
+        f"max_new_tokens: {path}"
+    )
+    return {"file": str(path), **counts}
 
 
 def judge_answers(
-    records: Sequence[Mapping[str, Any]], cfg: EvaluateConfig, mode: str
+    records: Sequence[Mapping[str, Any]], cfg: EvaluateConfig, mode: str, judge: Judge
 ) -> dict[str, Any]:
     """Scores, avg@k and pass@k of one mode."""
-    scores, counts = score_responses(records, mode, build_judge(cfg.benchmark), cfg)
+    scores, counts = score_responses(records, mode, judge, cfg)
     lengths = [
         len(response["ids"])
         for record in records
@@ -94,8 +104,8 @@ def judge_answers(
     ]
     by_id = dict(zip([record["prompt_id"] for record in records], scores, strict=True))
     return {
-        "summary": {n: asdict(e) for n, e in summarize(scores, cfg.bootstrap, cfg.seed).items()},
-        "mean_tokens": sum(lengths) / len(lengths), "counts": dict(counts), "scores": by_id,
+        "summary": {n: asdict(e) for n, e in summarize(scores).items()},
+        "mean_tokens": sum(lengths) / len(lengths), "counts": counts, "scores": by_id,
     }  # fmt: skip
 
 
@@ -110,19 +120,24 @@ def run(cfg: EvaluateConfig) -> None:
     check(cfg)
     prompts = load_questions(cfg)
     modes = [mode for mode in KIND_OF_MODE if mode in cfg.modes]
+    # What the answers will need, before hours of sampling.
+    step: Callable[..., dict[str, Any]] = write_files
+    if cfg.benchmark in ANSWER_FILES:
+        check_names(cfg.benchmark, [prompt.task["entry"]["metadata"] for prompt in prompts])
+    else:
+        step = partial(judge_answers, judge=build_judge(cfg.benchmark))
     records = records_of(prompts, fill(run_config(cfg), prompts, loader(cfg), modes))
-    step = write_files if cfg.benchmark in ANSWER_FILES else judge_answers
     results: dict[str, dict[str, Any]] = {mode: step(records, cfg, mode) for mode in modes}
     path = Path(cfg.run_dir) / "results.json"
     write_json(path, {"benchmark": cfg.benchmark, "questions": len(prompts),
                       "settings": asdict(cfg), "results": results, **provenance()})  # fmt: skip
-    if step is judge_answers:
+    if step is not write_files:
         print(table(results))
     print(f"results: {path}")
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Percentages with their intervals, one row per metric, one column per mode."""
+    """Percentages with their intervals, then counts; one column per mode."""
     rows: dict[str, dict[str, float]] = {}
     for mode, result in results.items():
         for name, values in result["summary"].items():
@@ -131,4 +146,5 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             column[f"{name}, %"] = round(100 * estimate.mean, 2)
             column[f"{name}, from"] = round(100 * estimate.low, 2)
             column[f"{name}, to"] = round(100 * estimate.high, 2)
+        rows.setdefault(mode, {}).update(result["counts"])
     return format_table(rows)

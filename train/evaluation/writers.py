@@ -65,11 +65,21 @@ def _question_id(record: Mapping[str, Any], *names: str) -> str:
     return str(name)
 
 
+_NAMES = {"arena_hard_v0.1": ("question_id", "uid"), "arena_hard_v2": ("uid", "question_id")}
+
+
+def check_names(benchmark: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError for a question without the id that the benchmark's file names it by."""
+    for record in records:
+        if names := _NAMES.get(benchmark):
+            _question_id(record, *names)
+
+
 def arena_hard_v01(answers: Sequence[Answer], generator: str) -> str:
     """JSONL of {question_id, answer_id, model_id, choices, tstamp, conv_metadata}."""
     rows = []
     for answer in answers:
-        name = _question_id(answer.record, "question_id", "uid")
+        name = _question_id(answer.record, *_NAMES["arena_hard_v0.1"])
         turns = [{"content": answer.text, "token_len": answer.tokens}]
         rows.append({
             "question_id": name, "answer_id": _answer_id(generator, name, answer.text),
@@ -83,7 +93,7 @@ def arena_hard_v2(answers: Sequence[Answer], generator: str) -> str:
     """JSONL of {uid, ans_id, model, messages, tstamp, metadata}."""
     rows = []
     for answer in answers:
-        name = _question_id(answer.record, "uid", "question_id")
+        name = _question_id(answer.record, *_NAMES["arena_hard_v2"])
         messages = [
             {"role": "user", "content": answer.record.get("prompt", "")},
             {"role": "assistant", "content": {"answer": answer.text}},
