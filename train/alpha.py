@@ -109,11 +109,17 @@ def describe(stats: GradStats | None) -> str:
     )
 
 
-def kind_scale(alpha: float, num_units: int, kinds: Sequence[str] = KINDS) -> dict[str, float]:
+def kind_scale(
+    alpha: float, num_units: int | Mapping[str, int], kinds: Sequence[str] = KINDS
+) -> dict[str, float]:
     """The factor of a unit's gradient in that of the step's loss, which the statistics divide out.
 
     A kind's loss is a mean over its pairs, so with several pairs in a unit its gradient is their
     mean, as that of the loss is the mean over units.
+
+    Args:
+        num_units: units of the step; per kind where some lack one.
     """
     weights = {TRACE: alpha, EMPTY: 1.0 - alpha, MARGINAL: UNTRAINED}
-    return {kind: weights[kind] / num_units for kind in kinds}
+    counts = num_units if isinstance(num_units, Mapping) else dict.fromkeys(kinds, num_units)
+    return {kind: weights[kind] / counts[kind] for kind in kinds}

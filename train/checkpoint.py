@@ -252,7 +252,8 @@ def check_identity(got: Mapping[str, str], expected: Mapping[str, str], path: Pa
         ValueError: naming each entry of `expected` or `got` that differs.
     """
     wrong = [
-        f"{name}: expected {expected.get(name)}, got {got.get(name)}"
+        f"{name}: expected {expected.get(name)} (this command), got {got.get(name)} (the "
+        f"checkpoint)"
         for name in sorted({*expected, *got})
         if expected.get(name) != got.get(name)
     ]

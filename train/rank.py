@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from train.config import RankConfig, RunConfig
 from train.judges import Judge, build_judge
 from train.modes import KIND_OF_MODE, THINKING
-from train.pairs import meta_path, provenance, write_pairs
+from train.pairs import meta_path, output_path, provenance, write_pairs
 from train.prompts import parse_object
 from train.sample import read_responses, responses_path
 
@@ -115,10 +114,6 @@ def rank_part(
         return None
     counts.events["pairs"] += 1
     return pair
-
-
-def output_path(cfg: RunConfig) -> Path:
-    return Path(cfg.rank.output or Path(cfg.run_dir) / "pairs.jsonl")
 
 
 def run(cfg: RunConfig) -> None:

@@ -82,7 +82,8 @@ def test_kinds_without_pairs_are_counted():
 def test_a_long_unit_is_refused_at_once_by_name():
     units = make_units(11)
     longest = max(units, key=lambda unit: unit.num_tokens)
-    with pytest.raises(ValueError, match=f"'{longest.unit_id}' has {longest.num_tokens} tokens"):
+    expected = f"micro_batch: expected at least {longest.num_tokens}, .*'{longest.unit_id}'"
+    with pytest.raises(ValueError, match=expected):
         plan_of(units, tokens_per_micro_batch=longest.num_tokens - 1)
 
 
