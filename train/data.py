@@ -182,6 +182,16 @@ def epoch_order(units: Sequence[Unit], seed: int, epoch: int) -> list[Unit]:
     return sorted(units, key=digest)
 
 
+def _num_steps(cfg: TrainConfig, steps_per_epoch: int) -> int:
+    if cfg.max_steps is not None:
+        if cfg.max_steps < 1:
+            raise ValueError(f"train.max_steps: expected at least 1, got {cfg.max_steps}")
+        return cfg.max_steps
+    if not 0 < cfg.epochs < math.inf:
+        raise ValueError(f"train.epochs: expected a finite number > 0, got {cfg.epochs}")
+    return math.ceil(cfg.epochs * steps_per_epoch)
+
+
 class StepPlan:
     """Step number -> `Step`, for the whole run.
 
@@ -190,7 +200,8 @@ class StepPlan:
     replaces `epochs`.
 
     Raises:
-        ValueError: for fewer units than one step needs, or a unit longer than the packs' budget.
+        ValueError: for fewer units than one step needs, a unit longer than the packs' budget, or a
+            run of no steps.
     """
 
     def __init__(
@@ -212,7 +223,7 @@ class StepPlan:
         self.rank, self.num_ranks, self.measured = rank, num_ranks, measured
         self.units_per_step, self.token_budget = cfg.units_per_step, cfg.tokens_per_micro_batch
         self.steps_per_epoch = len(units) // cfg.units_per_step
-        self.num_steps = cfg.max_steps or math.ceil(cfg.epochs * self.steps_per_epoch)
+        self.num_steps = _num_steps(cfg, self.steps_per_epoch)
         check_budget(units, self.token_budget)  # an error now, not at the unit's step
 
     def __getitem__(self, step: int) -> Step:

@@ -111,10 +111,10 @@ class ReferenceCache:
         ]
         if wrong:
             # Weights that FSDP2 casts are not those that autocast casts.
-            how = ", under torchrun as well" if expected.get("casts") == "fsdp" else ""
+            how = "under" if expected.get("casts") == "fsdp" else "without"
             raise ValueError(
                 f"{where}: the reference scores belong to another run ({'; '.join(wrong)}); "
-                f"rebuild them by cache-ref with the options of this command{how}"
+                f"rebuild them by cache-ref with the options of this command, {how} torchrun"
             )
 
     def without_scores(self, units: Sequence[Unit]) -> list[Unit]:

@@ -85,7 +85,7 @@ class Run:
 
 
 def make(folder: Path, world=ALONE, identity=None, **options) -> Checkpointer:
-    cfg = CheckpointConfig(every=1, **options)
+    cfg = CheckpointConfig(**{"every": 1, **options})
     return Checkpointer(folder, world, cfg, IDENTITY if identity is None else identity)
 
 
@@ -154,6 +154,8 @@ def test_only_the_latest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
     with pytest.raises(ValueError, match=r"checkpoint.keep_latest: expected >= 1, got 0"):
         make(tmp_path, keep_latest=0)
+    with pytest.raises(ValueError, match=r"checkpoint.every: expected >= 1, got 0"):
+        make(tmp_path, every=0)
 
 
 def truncate(path: Path) -> None:

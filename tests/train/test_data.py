@@ -87,6 +87,21 @@ def test_a_long_unit_is_refused_at_once_by_name():
         plan_of(units, tokens_per_micro_batch=longest.num_tokens - 1)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 0}, r"train\.max_steps: expected at least 1, got 0"),
+        ({"max_steps": -3}, r"train\.max_steps: expected at least 1, got -3"),
+        ({"epochs": 0.0}, r"train\.epochs: expected a finite number > 0, got 0"),
+        ({"epochs": float("inf")}, r"train\.epochs: expected .*, got inf"),
+        ({"epochs": float("nan")}, r"train\.epochs: expected .*, got nan"),
+    ],
+)
+def test_a_run_of_no_steps_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(make_units(11), **options)
+
+
 @pytest.mark.parametrize("wanted", [0, 12])
 def test_impossible_steps_are_refused(wanted):
     with pytest.raises(ValueError, match=rf"units_per_step: expected 1 to 11, .* got {wanted}"):

@@ -92,6 +92,16 @@ def test_cache_of_another_model_is_refused(tmp_path, change):
         reference.load_or_build(policy, plan, [], cfg)
 
 
+@pytest.mark.parametrize(("casts", "other", "how"), [
+    ("fsdp", "autocast", "under torchrun"), ("autocast", "fsdp", "without torchrun"),
+])  # fmt: skip
+def test_the_advice_is_the_same_way_of_starting(casts, other, how):
+    """Else cache-ref, followed once, would be advised again."""
+    cache = reference.ReferenceCache({"casts": other}, (), torch.empty(0))
+    with pytest.raises(ValueError, match=rf"casts: expected '{casts}' \(this .* command, {how}$"):
+        cache.check_fingerprint({"casts": casts}, "file")
+
+
 def test_weights_digest_sees_values_not_identity():
     first, second = tiny_model(), tiny_model()
     assert reference.weights_digest(first) == reference.weights_digest(second)
