@@ -32,7 +32,9 @@ class Inputs:
     training: list[Unit]
     held_out: list[Unit]
 
-    def check_model(self, config: PretrainedConfig, tokenizer: Any, cfg: RunConfig) -> None:
+    def check_model(
+        self, config: PretrainedConfig, tokenizer: Any, cfg: RunConfig, world: World = ALONE
+    ) -> None:
         """Refuse ids that mean nothing, or something else, to the model.
 
         Raises:
@@ -49,7 +51,7 @@ class Inputs:
                         f"the vocabulary of model.name {cfg.model.name!r}, got {largest}"
                     )
         if tokenizer is not None and cfg.train.check_tokenizer:
-            _check_tokenizer(self.pairs, tokenizer, cfg)
+            _check_tokenizer(self.pairs, tokenizer, cfg, world)
 
     def describe(self, cfg: RunConfig) -> str:
         """Lines for the reader: file, units, tokens, and what is left out or not measured."""
@@ -141,7 +143,7 @@ def check_measurable(plan: StepPlan, cfg: RunConfig) -> None:
         )
 
 
-def _check_tokenizer(pairs: PairSet, tokenizer: Any, cfg: RunConfig) -> None:
+def _check_tokenizer(pairs: PairSet, tokenizer: Any, cfg: RunConfig, world: World) -> None:
     """The tokenizer that the sidecar records must be the model's."""
     settings: Any = pairs.meta.get("settings", {})
     recorded, source = settings.get("tokenizer"), settings.get("model.name")
@@ -150,10 +152,11 @@ def _check_tokenizer(pairs: PairSet, tokenizer: Any, cfg: RunConfig) -> None:
     sidecar = meta_path(pairs.path)
     if source == cfg.model.name and (changed := _changed_versions(pairs)):
         # What is hashed is the library's own form of the tokenizer.
-        print(
-            f"{sidecar}: the fingerprint of the tokenizer of {source!r} is another one now; taken "
-            f"for the same tokenizer under other versions ({', '.join(changed)})"
-        )
+        if world.is_main:
+            print(
+                f"{sidecar}: the fingerprint of the tokenizer of {source!r} is another one now; "
+                f"taken for the same tokenizer under other versions ({', '.join(changed)})"
+            )
         return
     raise ValueError(
         f"{sidecar}: settings.tokenizer: the pairs hold ids of another tokenizer "

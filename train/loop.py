@@ -409,7 +409,7 @@ def run(cfg: RunConfig) -> int:
         if world.is_main:
             print(inputs.describe(cfg))
         policy, tokenizer = build_policy(cfg, world)
-        inputs.check_model(policy.model.config, tokenizer, cfg)
+        inputs.check_model(policy.model.config, tokenizer, cfg, world)
         frozen = build_policy(cfg, world)[0] if online.needs_copy(cfg) else None
         trainer = Trainer(cfg, policy, tokenizer, inputs.training, inputs.held_out, world, frozen)
         if not cfg.dry_run:

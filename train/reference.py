@@ -315,7 +315,7 @@ def run(cfg: RunConfig) -> None:
         if world.is_main:
             print(inputs.describe(cfg))
         policy, tokenizer = build_policy(cfg, world)
-        inputs.check_model(policy.model.config, tokenizer, cfg)
+        inputs.check_model(policy.model.config, tokenizer, cfg, world)
         policy.self_check()
         plan = plan_of(cfg, inputs.training, world)
         path = cache_path(cfg)
