@@ -35,6 +35,7 @@ from train.files import replace_file
 from train.head import FusedHeadLM, build_policy
 from train.pairs import load_pairs
 
+PAIRS = records.ROOT / "train" / "data" / "smollm2_pairs.jsonl"
 MODES = {
     "exact": {"cross": "exact"},
     "exact, cross products sketched": {"cross": "sketch"},
@@ -87,7 +88,7 @@ def measure(
     policy, _ = build_policy(cfg)
     policy.train()
     where = {"compute_dtype": dtype, **records.environment(torch.get_num_threads())}
-    every = load_pairs(cfg.train.pairs).units
+    every = load_pairs(PAIRS).units
     chosen = [unit for unit in every if {TRACE, EMPTY} <= set(unit.pairs)]
     chosen = chosen[: steps * units_per_step]
     done = {line["mode"] for line in _known(path, dtype, len(chosen))}

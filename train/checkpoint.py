@@ -57,7 +57,7 @@ class Checkpointer:
         seed: of the generators of ranks that a checkpoint was made without.
 
     Raises:
-        ValueError: for `keep_latest` < 1.
+        ValueError: for `keep_latest` or `every` < 1.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class Checkpointer:
     ) -> None:  # fmt: skip
         if cfg.keep_latest < 1:
             raise ValueError(f"checkpoint.keep_latest: expected >= 1, got {cfg.keep_latest}")
+        if cfg.every is not None and cfg.every < 1:
+            raise ValueError(f"checkpoint.every: expected >= 1, got {cfg.every}")
         self.folder, self.world, self.cfg = folder, world, cfg
         self.identity, self.seed = dict(identity), seed
         # A group of its own: a background save must not mix with the collectives of training, and
@@ -252,7 +254,8 @@ def check_identity(got: Mapping[str, str], expected: Mapping[str, str], path: Pa
         ValueError: naming each entry of `expected` or `got` that differs.
     """
     wrong = [
-        f"{name}: expected {expected.get(name)}, got {got.get(name)}"
+        f"{name}: expected {expected.get(name)} (this command), got {got.get(name)} (the "
+        f"checkpoint)"
         for name in sorted({*expected, *got})
         if expected.get(name) != got.get(name)
     ]

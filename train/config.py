@@ -195,15 +195,18 @@ class ParallelConfig:
 
 @dataclass
 class TrainConfig:
-    """units_per_step: prompts per optimizer step (the batch); tokens_per_micro_batch: the packer's
-    budget; holdout: share of the units kept for evaluation; max_steps, where given, replaces
-    epochs; checkpoint_layers: n recomputes every n-th decoder layer in the backward (1: all of
-    them) instead of keeping its activations, None keeps all; tail_tolerance: that of
-    `linear_logprobs`, 0 being the exact backward (which runs too while `alpha.estimate` measures
-    the head); liger: RMSNorm, RoPE and SwiGLU of liger-kernel on a GPU, "auto" where it is
-    installed; measure_head_memory: at the end, compare the head's memory with a naive head's."""
+    """pairs: the file to train on, None: what `rank` wrote; check_tokenizer: refuse pairs whose
+    sidecar records another tokenizer than the model's; units_per_step: prompts per optimizer step
+    (the batch); tokens_per_micro_batch: the packer's budget; holdout: share of the units kept for
+    evaluation; max_steps, where given, replaces epochs; checkpoint_layers: n recomputes every n-th
+    decoder layer in the backward (1: all of them) instead of keeping its activations, None keeps
+    all; tail_tolerance: that of `linear_logprobs`, 0 being the exact backward (which runs too while
+    `alpha.estimate` measures the head); liger: RMSNorm, RoPE and SwiGLU of liger-kernel on a GPU,
+    "auto" where it is installed; measure_head_memory: at the end, compare the head's memory with a
+    naive head's."""
 
-    pairs: str = "train/data/smollm2_pairs.jsonl"
+    pairs: str | None = None
+    check_tokenizer: bool = True
     units_per_step: int = 8
     tokens_per_micro_batch: int = 4096
     epochs: float = 1.0
@@ -236,7 +239,8 @@ class ProfileConfig:
 class CheckpointConfig:
     """What a run can go on from after it was interrupted (`run_dir/checkpoints`).
 
-    every: steps between checkpoints; None: none. keep_latest: older ones are removed.
+    every: steps between checkpoints; None: one alone, where a run is stopped by a signal.
+    keep_latest: older ones are removed.
     async_save: copy to the CPU, then write while training goes on; one at a time.
     resume: go on from the newest whole checkpoint; false: refuse a folder that has any.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +12,7 @@ import torch
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import PackPlan, pack, plan_packs
 from bvpo_kernels.types import IGNORE_INDEX, KINDS, PackedBatch, TokenPair, Unit
-from train.config import RunConfig, TrainConfig
-from train.marginal import check_traces, without_extra
-from train.pairs import load_pairs, split_holdout
+from train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -23,10 +21,14 @@ class MicroBatch:
 
     A rank that was dealt fewer packs than another calls the model on fillers, packs without units
     of which nothing is scored: each call is a collective of all ranks.
+
+    measured: whether it may enter the gradient statistics, for which a unit needs every kind; the
+    same on every rank at each place of a step.
     """
 
     units: tuple[Unit, ...]
     batch: PackedBatch
+    measured: bool = True
 
     @property
     def is_filler(self) -> bool:
@@ -58,6 +60,11 @@ class Step:
         """Units that have a kind, per kind."""
         return {k: sum(bool(unit.pairs.get(k)) for unit in self.units) for k in self.kinds}
 
+    @property
+    def num_lacking(self) -> int:
+        """Units that lack a kind."""
+        return sum(map(lacks_a_kind, self.units))
+
 
 def count_pairs(units: Sequence[Unit]) -> dict[str, int]:
     """Pairs per kind, of every kind."""
@@ -71,9 +78,34 @@ def kinds_of(units: Sequence[Unit]) -> tuple[str, ...]:
     return (*KINDS, MARGINAL) if extra else KINDS
 
 
+def lacks_a_kind(unit: Unit) -> bool:
+    """Whether a unit has no pair of one of the trained kinds; `rank` writes such by default."""
+    return not all(unit.pairs.get(kind) for kind in KINDS)
+
+
 def _plan(units: Sequence[Unit], token_budget: int) -> PackPlan:
     lengths = [unit.num_tokens for unit in units]
     return plan_packs(lengths, token_budget, names=[unit.unit_id for unit in units])
+
+
+def check_budget(
+    units: Sequence[Unit], token_budget: int, lines: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a unit that no pack can hold.
+
+    Args:
+        lines: unit id -> "file:line".
+
+    Raises:
+        ValueError: naming the option, the longest unit and its tokens.
+    """
+    longest = max(units, key=lambda unit: unit.num_tokens)
+    if longest.num_tokens > token_budget:
+        where = f" ({lines[longest.unit_id]})" if lines else ""
+        raise ValueError(
+            f"train.tokens_per_micro_batch: expected at least {longest.num_tokens}, the tokens of "
+            f"unit {longest.unit_id!r}{where} (a unit is never split), got {token_budget}"
+        )
 
 
 def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -90,31 +122,51 @@ def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
     return dealt
 
 
-def filler(kinds: Sequence[str]) -> MicroBatch:
+def filler(kinds: Sequence[str], measured: bool = True) -> MicroBatch:
     """The smallest pack that runs through the model with every kind in it, nothing scored."""
     pair = TokenPair([0], [0], [0])
     batch = pack([Unit("filler", dict.fromkeys(kinds, (pair,)))], kinds=kinds)
     nothing_T = torch.full_like(batch.target_T, IGNORE_INDEX)
-    return MicroBatch((), replace(batch, target_T=nothing_T))
+    return MicroBatch((), replace(batch, target_T=nothing_T), measured)
 
 
 def make_step(
-    units: Sequence[Unit], token_budget: int, epoch: float = 0.0, rank: int = 0, num_ranks: int = 1
+    units: Sequence[Unit],
+    token_budget: int,
+    epoch: float = 0.0,
+    rank: int = 0,
+    num_ranks: int = 1,
+    *,
+    measured: bool = False,
 ) -> Step:
     """Distribute units over packs of at most `token_budget` tokens; a unit is never split.
 
     The packs do not depend on the number of ranks that they are dealt to.
 
+    Args:
+        measured: keep units that lack a kind in packs of their own, after the others.
+
     Raises:
         ValueError: naming a unit that is longer than the budget.
     """
-    plan = _plan(units, token_budget)
-    sizes = [sum(units[index].num_tokens for index in indices) for indices in plan.bins]
-    dealt, kinds = deal(sizes, num_ranks), kinds_of(units)
-    chosen = [tuple(units[index] for index in plan.bins[number]) for number in dealt[rank]]
-    own = [MicroBatch(group, pack(group, kinds=kinds)) for group in chosen]
-    own += [filler(kinds)] * (max(map(len, dealt)) - len(own))
-    return Step(epoch, tuple(units), tuple(own), count_pairs(units), sum(sizes), plan.fill)
+    kinds = kinds_of(units)
+    parts = {True: list(units)}
+    if measured:
+        lacking = [unit for unit in units if lacks_a_kind(unit)]
+        parts = {True: [unit for unit in units if not lacks_a_kind(unit)], False: lacking}
+    own: list[MicroBatch] = []
+    num_packs = 0
+    for complete, members in parts.items():
+        bins = _plan(members, token_budget).bins
+        dealt = deal([sum(members[i].num_tokens for i in indices) for indices in bins], num_ranks)
+        for number in dealt[rank]:
+            group = tuple(members[index] for index in bins[number])
+            own.append(MicroBatch(group, pack(group, kinds=kinds), complete))
+        own += [filler(kinds, complete)] * (max(map(len, dealt)) - len(dealt[rank]))
+        num_packs += len(bins)
+    tokens = sum(unit.num_tokens for unit in units)
+    fill = tokens / (num_packs * token_budget) if num_packs else 1.0
+    return Step(epoch, tuple(units), tuple(own), count_pairs(units), tokens, fill)
 
 
 def epoch_order(units: Sequence[Unit], seed: int, epoch: int) -> list[Unit]:
@@ -130,6 +182,16 @@ def epoch_order(units: Sequence[Unit], seed: int, epoch: int) -> list[Unit]:
     return sorted(units, key=digest)
 
 
+def _num_steps(cfg: TrainConfig, steps_per_epoch: int) -> int:
+    if cfg.max_steps is not None:
+        if cfg.max_steps < 1:
+            raise ValueError(f"train.max_steps: expected at least 1, got {cfg.max_steps}")
+        return cfg.max_steps
+    if not 0 < cfg.epochs < math.inf:
+        raise ValueError(f"train.epochs: expected a finite number > 0, got {cfg.epochs}")
+    return math.ceil(cfg.epochs * steps_per_epoch)
+
+
 class StepPlan:
     """Step number -> `Step`, for the whole run.
 
@@ -138,11 +200,19 @@ class StepPlan:
     replaces `epochs`.
 
     Raises:
-        ValueError: for fewer units than one step needs, or a unit longer than the packs' budget.
+        ValueError: for fewer units than one step needs, a unit longer than the packs' budget, or a
+            run of no steps.
     """
 
     def __init__(
-        self, units: Sequence[Unit], cfg: TrainConfig, seed: int, rank: int = 0, num_ranks: int = 1
+        self,
+        units: Sequence[Unit],
+        cfg: TrainConfig,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        *,
+        measured: bool = False,
     ) -> None:
         if cfg.units_per_step < 1 or len(units) < cfg.units_per_step:
             raise ValueError(
@@ -150,22 +220,32 @@ class StepPlan:
                 f"got {cfg.units_per_step}"
             )
         self.units, self.seed = tuple(units), seed
-        self.rank, self.num_ranks = rank, num_ranks
+        self.rank, self.num_ranks, self.measured = rank, num_ranks, measured
         self.units_per_step, self.token_budget = cfg.units_per_step, cfg.tokens_per_micro_batch
         self.steps_per_epoch = len(units) // cfg.units_per_step
-        self.num_steps = cfg.max_steps or math.ceil(cfg.epochs * self.steps_per_epoch)
-        _plan(units, self.token_budget)  # a unit that is too long is an error now, not at its step
+        self.num_steps = _num_steps(cfg, self.steps_per_epoch)
+        check_budget(units, self.token_budget)  # an error now, not at the unit's step
 
     def __getitem__(self, step: int) -> Step:
         epoch, index = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.units, self.seed, epoch)
-        start = index * self.units_per_step
-        chosen = order[start : start + self.units_per_step]
-        return self.step_of(chosen, epoch + index / self.steps_per_epoch)
+        return self.step_of(self._chosen(epoch)[index], epoch + index / self.steps_per_epoch)
+
+    def _chosen(self, epoch: int) -> list[list[Unit]]:
+        """The units of each step of an epoch."""
+        order, size = epoch_order(self.units, self.seed, epoch), self.units_per_step
+        return [order[n * size : (n + 1) * size] for n in range(self.steps_per_epoch)]
+
+    def complete_units(self) -> Iterator[int]:
+        """Units with every kind in each step of the run, in order."""
+        for epoch in range(math.ceil(self.num_steps / self.steps_per_epoch)):
+            steps = self._chosen(epoch)[: self.num_steps - epoch * self.steps_per_epoch]
+            yield from (sum(not lacks_a_kind(unit) for unit in step) for step in steps)
 
     def step_of(self, units: Sequence[Unit], epoch: float = 0.0) -> Step:
         """This rank's part of a step on any units."""
-        return make_step(units, self.token_budget, epoch, self.rank, self.num_ranks)
+        return make_step(
+            units, self.token_budget, epoch, self.rank, self.num_ranks, measured=self.measured
+        )
 
     @property
     def units_used(self) -> list[Unit]:
@@ -182,10 +262,3 @@ class StepPlan:
         if rest:
             steps.append(self.step_of(rest))
         return [micro for step in steps for micro in step.micro_batches]
-
-
-def load_units(cfg: RunConfig) -> tuple[list[Unit], list[Unit]]:
-    """Training and held-out units of the configured pairs, disjoint."""
-    units = load_pairs(cfg.train.pairs).units
-    training, held_out = split_holdout(units, cfg.train.holdout, cfg.seed)
-    return check_traces(training, cfg), [without_extra(unit) for unit in held_out]

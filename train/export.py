@@ -140,9 +140,13 @@ def run(cfg: ExportConfig) -> None:
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is defective, or was made from other weights than the configuration's.
+        ValueError: if it is defective, or was made from other weights than the configuration's; if
+            the output is there already.
     """
     path = _find(cfg)
+    output = Path(cfg.output) if cfg.output is not None else Path(cfg.run_dir) / "export"
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"output: expected a new or an empty folder, got the filled {output}")
     if defect := find_defect(path):
         raise ValueError(f"{path}: checkpoint refused: {defect}")
     manifest: Mapping[str, Any] = read_manifest(path)
@@ -155,7 +159,6 @@ def run(cfg: ExportConfig) -> None:
             f"({cfg.model.name})"
         )
     load_model_tensors(policy, read_state(path, {"model": model_tensors(policy)})["model"])
-    output = Path(cfg.output) if cfg.output is not None else Path(cfg.run_dir) / "export"
     dtype = None if cfg.dtype is None else getattr(torch, cfg.dtype)
     save_model(policy.model, tokenizer, output, dtype=dtype, max_shard_size=cfg.max_shard_size)
     print(f"step {manifest['step']} of {path}: {output}")

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from bvpo_kernels.grad_stats import LossScale
 from bvpo_kernels.head import Certificate, tail_certificates
 from bvpo_kernels.losses import LOSSES
-from bvpo_kernels.mixing import MARGINAL
-from bvpo_kernels.types import BVPOLoss, Unit
+from bvpo_kernels.mixing import MARGINAL, StepStats
+from bvpo_kernels.types import EMPTY, TRACE, BVPOLoss, Unit
 from train import head_memory, online, parallel, reference, report
 from train.adapters import save_adapter
 from train.alpha import build_alpha, build_stats, describe
-from train.checkpoint import Checkpointer, checkpoints
+from train.checkpoint import Checkpointer
 from train.config import OptimConfig, RunConfig
-from train.data import MicroBatch, Step, StepPlan, load_units
+from train.data import MicroBatch, Step
 from train.dry_run import planned
 from train.evaluate import MetricSum, Objective, evaluate
 from train.export import save_model
-from train.files import replace_file
 from train.head import FusedHeadLM, build_policy
+from train.inputs import check_measurable, load_inputs, plan_of
 from train.interrupts import Interruption
 from train.marginal import UNTRAINED
 from train.online import OnlineReference
@@ -38,8 +36,9 @@ from train.out_of_memory import explained
 from train.parallel import ALONE, World, synchronise, whole
 from train.profiling import recording
 from train.reference import ReferenceCache
+from train.run_dir import check_run_dir, set_aside, write_config
 from train.state import TrainState, run_identity
-from train.throughput import StepFlops, peak_flops, utilization
+from train.throughput import StepFlops, Stopwatch, peak_flops, utilization
 
 
 class NonFiniteError(FloatingPointError):
@@ -57,22 +56,6 @@ class Findings:
     metrics: MetricSum
     ess: dict[str, float] | None
     problems: list[str]
-
-
-class Stopwatch:
-    """Wall-clock seconds per stage of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    def log(self) -> dict[str, float]:
-        return {f"seconds/{stage}": seconds for stage, seconds in self.seconds.items()}
 
 
 def lr_factor(step: int, num_steps: int, cfg: OptimConfig) -> float:
@@ -123,7 +106,9 @@ class Trainer:
         self.cfg, self.policy, self.tokenizer, self.held_out = cfg, policy, tokenizer, held_out
         self.world = world
         self.run_dir = Path(cfg.run_dir)
-        self.plan = StepPlan(train_units, cfg.train, cfg.seed, world.rank, world.size)
+        self.plan = plan_of(cfg, train_units, world)
+        check_measurable(self.plan, cfg)
+        self.alpha = build_alpha(cfg.alpha)
         policy.self_check()
         scores: ReferenceCache | OnlineReference | None = None
         if LOSSES[cfg.loss.name].reference:
@@ -133,7 +118,6 @@ class Trainer:
                 scores = online.online_reference(cfg, policy, frozen)
         parallel.reshard(policy)
         self.objective = Objective(policy, scores, cfg.loss, world)
-        self.alpha = build_alpha(cfg.alpha)
         head = policy.model.get_output_embeddings()
         self.stats = build_stats(cfg.alpha, policy, head, cfg.seed)
         policy.train()  # transformers checkpoints activations in this mode only; no dropout is left
@@ -149,25 +133,25 @@ class Trainer:
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.state = TrainState(policy, self.optimizer, self.schedule, self.alpha, self.stats)
-        self.checkpointer = self._build_checkpointer()
-
-    def _build_checkpointer(self) -> Checkpointer | None:
-        """None if the run neither writes checkpoints nor finds any."""
-        folder = self.run_dir / "checkpoints"
-        if self.cfg.checkpoint.every is None and not self.world.any(bool(checkpoints(folder))):
-            return None
-        weights = reference.weights_digest(self.policy.model)
-        identity = run_identity(self.cfg, self.plan.units, self.held_out, weights)
-        return Checkpointer(folder, self.world, self.cfg.checkpoint, identity, self.cfg.seed)
+        # Known by their scores; a signal may ask for a checkpoint when these weights are gone.
+        start = scores.fingerprint["weights"] if isinstance(scores, ReferenceCache) else None
+        identity = run_identity(
+            cfg, self.plan.units, held_out, start or reference.weights_digest(policy.model)
+        )
+        self.checkpointer = Checkpointer(
+            self.run_dir / "checkpoints", world, cfg.checkpoint, identity, cfg.seed
+        )
+        self.resumed = False
 
     def run(self) -> int:
         """Train, evaluate, save the model and draw the report; returns the exit code.
 
         Goes on where a checkpoint is. A run that is told to stop returns after its step, with a
-        checkpoint but without a model and a report.
+        checkpoint but without a model and a report. What another run left in the folder is kept.
         """
         eval_every, num_steps = self.cfg.train.eval_every, self.plan.num_steps
         main, start, saving = self.world.is_main, self.resume(), Stopwatch()
+        self._take_folder(start)
         with (
             report.RunLog(self.run_dir, active=main, step=start) as log,
             recording(self.cfg.profile, self.run_dir, self.world.rank) as profiled,
@@ -186,16 +170,15 @@ class Trainer:
                 log.write("train", step + 1, line | saving.log())
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
                 if step == 0 and self.cfg.loss.name == "dpo" and main:
-                    tqdm.write(f"first loss {line['loss']:.4f} (log 2 = {math.log(2):.4f})")
+                    tqdm.write(first_loss(line["loss"], line["alpha"], self.plan[0]))
                 last = step + 1 == num_steps
                 stop = self.world.any(interruption.requested) and not last
                 if last or (eval_every and (step + 1) % eval_every == 0):
                     self.after = self.evaluate(log, step + 1)
-                saving = self._save(step + 1, now=last or stop)
+                saving = self._save(step + 1, stop)
                 if stop:
                     return self._stop(step + 1, interruption)
-        if self.checkpointer is not None:
-            self.checkpointer.finish()
+        self.checkpointer.finish()
         save_model(self.policy.model, self.tokenizer, self.run_dir / "model", self.world)
         save_adapter(self.policy.model, self.run_dir / "adapter", self.world)
         if main:
@@ -204,37 +187,47 @@ class Trainer:
 
     def resume(self) -> int:
         """Go on from the newest whole checkpoint; returns the optimizer steps done, 0 if none."""
-        if self.checkpointer is None:
-            return 0
         loaded = self.checkpointer.load_latest(self._state_dict)
         if loaded is None:
             return 0
         self.state.load_state_dict(loaded.state)
         self.before, self.after = loaded.state["evaluation"]
+        self.resumed = True
         if self.world.is_main:
             print(f"resumed after step {loaded.step} of {self.plan.num_steps}")
         return loaded.step
 
+    def _take_folder(self, step: int) -> None:
+        """Before the log is opened: a new run keeps what an earlier one left."""
+        if self.world.is_main:
+            if step == 0 and (kept := set_aside(self.run_dir)) is not None:
+                print(f"run_dir: what an earlier run left in {self.run_dir} is now in {kept}")
+            write_config(self.cfg)
+        self.world.barrier()
+
     def _state_dict(self) -> dict[str, Any]:
         return {**self.state.state_dict(), "evaluation": [self.before, self.after]}
 
-    def _save(self, step: int, now: bool) -> Stopwatch:
-        """A checkpoint after every n-th step; the log's lines are written by then, so that the
-        time which it takes from training is for the line of the step after it."""
+    def _save(self, step: int, stop: bool) -> Stopwatch:
+        """A checkpoint after every n-th step, where the run is told to stop, and at its end if it
+        has any; the log's lines are written by then: the time that it takes from training is for
+        the line of the step after it."""
         every, watch = self.cfg.checkpoint.every, Stopwatch()
-        if self.checkpointer is not None and every is not None and (now or step % every == 0):
+        end = step == self.plan.num_steps and (every is not None or self.resumed)
+        if stop or end or (every is not None and step % every == 0):
             with watch("checkpoint"):
                 self.checkpointer.save(step, self._state_dict())
         return watch
 
     def _stop(self, steps: int, interruption: Interruption) -> int:
         """End a run after some steps because a rank was told to."""
-        saved = "nothing was saved: checkpoint.every is not set"
-        if self.checkpointer is not None and self.cfg.checkpoint.every is not None:
-            self.checkpointer.finish()
-            saved = "the same command goes on from its checkpoint"
+        self.checkpointer.finish()
+        how = "the same command" if self.cfg.checkpoint.resume else "checkpoint.resume true"
         if self.world.is_main:
-            tqdm.write(f"stopped by a signal after step {steps} of {self.plan.num_steps}; {saved}")
+            tqdm.write(
+                f"stopped by a signal after step {steps} of {self.plan.num_steps}; {how} goes on "
+                f"from its checkpoint"
+            )
         return interruption.exit_code
 
     def _report(self) -> None:
@@ -282,7 +275,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         if self.stats is not None:
             with watch("statistics"):
-                self.alpha.update(self.stats.result(self.world.group, ess=found.ess))
+                self.alpha.update(self._statistics(data, found.ess))
         line = found.metrics.result(self.world) | _tail_values(tails, self.world)
         return line | self._step_values(data, watch, alpha, lr, grad_norm)
 
@@ -309,10 +302,20 @@ class Trainer:
         return result.loss + UNTRAINED / data.unit_counts[MARGINAL] * marginal.total
 
     def _measured(self, micro: MicroBatch) -> AbstractContextManager[LossScale | None]:
-        """Where a micro-batch runs: measured if alpha is estimated."""
-        if self.stats is None:
+        """Where a micro-batch runs: measured if alpha is estimated and no unit lacks a kind."""
+        if self.stats is None or not micro.measured:
             return nullcontext()
         return self.stats.collect(micro.batch.to(self.policy.device), counted=not micro.is_filler)
+
+    def _statistics(self, data: Step, ess: Mapping[str, float] | None) -> StepStats:
+        """Of the units with every kind; the others are counted as skipped."""
+        assert self.stats is not None
+        if any(micro.measured for micro in data.micro_batches):
+            stats = self.stats.result(self.world.group, ess=ess)
+        else:
+            kinds, none_KK = data.kinds, torch.zeros(len(data.kinds), len(data.kinds)).double()
+            stats = StepStats(kinds, none_KK[None][:0], none_KK)
+        return replace(stats, skipped=stats.skipped + data.num_lacking)
 
     def _clip(self, data: Step, found: Findings) -> float:
         """Scale the gradient to `max_grad_norm`; returns its norm before that, over all ranks."""
@@ -344,6 +347,7 @@ class Trainer:
             **utilization(self.flops(data.units), total, self.peak, self.world.size),
             "fill": data.fill,
             "micro_batches": len(data.micro_batches),
+            "units_lacking_a_kind": data.num_lacking,
             **watch.log(),
         }
 
@@ -356,6 +360,17 @@ class Trainer:
         )
         log.write("eval", step, metrics)
         return metrics
+
+
+def first_loss(loss: float, alpha: float, data: Step) -> str:
+    """The first loss beside that of equal policies: log 2, times the weights of the kinds that the
+    step has."""
+    weights = {TRACE: alpha, EMPTY: 1.0 - alpha}
+    absent = [kind for kind, weight in weights.items() if weight and not data.pair_counts[kind]]
+    share = sum(weight for kind, weight in weights.items() if kind not in absent)
+    why = f"; no unit of the step has kind {absent[0]!r}" if absent else ""
+    times = f"{share:g} " if absent else ""
+    return f"first loss {loss:.4f} ({times}log 2 = {share * math.log(2):.4f}{why})"
 
 
 def _tail_values(certificates: Sequence[Certificate] | None, world: World) -> dict[str, float]:
@@ -388,19 +403,16 @@ def _non_finite_loss(result: BVPOLoss, micro: MicroBatch) -> list[str]:
 
 def run(cfg: RunConfig) -> int:
     """`train`: from the configuration to the final model and its report in `run_dir`."""
-    run_dir = Path(cfg.run_dir)
-    fields = {name: value for name, value in asdict(cfg).items() if name != "dry_run"}
-    settings = yaml.safe_dump(fields, sort_keys=False)
+    check_run_dir(cfg)
     with parallel.start(cfg.parallel) as world:
-        if world.is_main:
-            replace_file(
-                run_dir / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8")
-            )
         torch.manual_seed(cfg.seed)
-        train_units, held_out = load_units(cfg)
+        inputs = load_inputs(cfg)
+        if world.is_main:
+            print(inputs.describe(cfg))
         policy, tokenizer = build_policy(cfg, world)
+        inputs.check_model(policy.model.config, tokenizer, cfg, world)
         frozen = build_policy(cfg, world)[0] if online.needs_copy(cfg) else None
-        trainer = Trainer(cfg, policy, tokenizer, train_units, held_out, world, frozen)
+        trainer = Trainer(cfg, policy, tokenizer, inputs.training, inputs.held_out, world, frozen)
         if not cfg.dry_run:
             return trainer.run()
         if world.is_main:

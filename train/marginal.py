@@ -21,6 +21,7 @@ from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.mixing.traces import importance_weights
 from bvpo_kernels.types import TRACE, PackedBatch, Unit
 from train.config import RunConfig
+from train.data import lacks_a_kind
 
 MIN_TRACES = 2
 # The factor of the measured losses in what is differentiated. Their gradient enters `.grad` far
@@ -95,6 +96,8 @@ def check_traces(units: Sequence[Unit], cfg: RunConfig) -> list[Unit]:
                 f"'sketch' (units of few effective traces are left out), got {estimate.target!r} "
                 f"and {estimate.cross!r}"
             )
+        # A unit that lacks a kind is not measured, so its further traces have no use.
+        units = [without_extra(unit) if lacks_a_kind(unit) else unit for unit in units]
         _require(units, MARGINAL, "alpha.estimate.reference: 'marginal'")
     if estimate is not None and estimate.target == "batch":
         if estimate.mode != "exact":
@@ -106,11 +109,13 @@ def check_traces(units: Sequence[Unit], cfg: RunConfig) -> list[Unit]:
 
 
 def _require(units: Sequence[Unit], kind: str, what: str) -> None:
+    """Enough traces in every unit that is measured."""
+    units = [unit for unit in units if not lacks_a_kind(unit)]
     few = [unit.unit_id for unit in units if len(unit.pairs.get(kind, ())) < MIN_TRACES]
     if few:
         raise ValueError(
-            f"{what} expects at least {MIN_TRACES} pairs of kind {kind!r} in every unit of "
-            f"train.pairs (several traces of the same prompt), got fewer in {len(few)} of "
+            f"{what} expects at least {MIN_TRACES} pairs of kind {kind!r} in every measured unit "
+            f"of train.pairs (several traces of the same prompt), got fewer in {len(few)} of "
             f"{len(units)}: {few[:3]}"
         )
 

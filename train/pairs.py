@@ -21,6 +21,7 @@ from typing import Any
 
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import KINDS, TokenPair, Unit
+from train.config import RunConfig
 from train.files import replace_file
 from train.prompts import parse_object, read_jsonl
 
@@ -29,10 +30,20 @@ _PACKAGES = ("bvpo_kernels", "torch", "transformers", "tokenizers", "reasoning_g
 
 @dataclass(frozen=True)
 class PairSet:
-    """Units in the order of the file, and the sidecar's content ({} without one)."""
+    """Units in the order of the file, and the sidecar's content ({} without one).
+
+    lines: unit id -> "file:line", for what is wrong with a unit in some run.
+    """
 
     units: tuple[Unit, ...]
     meta: Mapping[str, Any]
+    path: Path
+    lines: Mapping[str, str]
+
+
+def output_path(cfg: RunConfig) -> Path:
+    """Where `rank` writes, and `train` reads unless it is told otherwise."""
+    return Path(cfg.rank.output or Path(cfg.run_dir) / "pairs.jsonl")
 
 
 def provenance() -> dict[str, Any]:
@@ -64,7 +75,7 @@ def write_pairs(path: Path, records: Iterable[Mapping[str, Any]], meta: Mapping[
         ValueError: for a malformed unit, as `load_pairs`; nothing is written then.
     """
     lines = [json.dumps(record) + "\n" for record in records]
-    units = _units((f"{path}:{n}", json.loads(line)) for n, line in enumerate(lines, start=1))
+    units, _ = _units((f"{path}:{n}", json.loads(line)) for n, line in enumerate(lines, start=1))
     text = "".join(lines)
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     write_json(meta_path(path), {**meta, "fingerprint": data_fingerprint(units)})
@@ -80,39 +91,60 @@ def load_pairs(path: str | Path) -> PairSet:
         FileNotFoundError: for a missing file.
     """
     path = Path(path)
-    units = _units(read_jsonl(path))
+    units, lines = _units(read_jsonl(path))
     if not units:
         raise ValueError(f"{path}: expected at least one unit, got an empty file")
     sidecar = meta_path(path)
-    meta = parse_object(sidecar.read_bytes(), str(sidecar)) if sidecar.is_file() else {}
-    if meta.get("fingerprint", fingerprint := data_fingerprint(units)) != fingerprint:
-        raise ValueError(
-            f"{sidecar}: fingerprint: expected {fingerprint}, that of {path.name}, got "
-            f"{meta['fingerprint']}; rank again, or remove the sidecar"
-        )
-    return PairSet(units, meta)
+    try:
+        meta = parse_object(sidecar.read_bytes(), str(sidecar)) if sidecar.is_file() else {}
+        if not isinstance(settings := meta.get("settings", {}), dict):
+            got = type(settings).__name__
+            raise ValueError(f"{sidecar}: settings: expected an object, got {got}")
+        if meta.get("fingerprint", fingerprint := data_fingerprint(units)) != fingerprint:
+            raise ValueError(
+                f"{sidecar}: fingerprint: expected {fingerprint}, that of {path.name}, got "
+                f"{meta['fingerprint']}"
+            )
+    except ValueError as error:
+        raise ValueError(f"{error}; rank again, or remove the sidecar") from None
+    return PairSet(units, meta, path, lines)
 
 
-def _units(records: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Unit, ...]:
+def _units(
+    records: Iterable[tuple[str, Mapping[str, Any]]],
+) -> tuple[tuple[Unit, ...], dict[str, str]]:
+    """The units, and where each is."""
     units: dict[str, Unit] = {}
+    lines: dict[str, str] = {}
     for where, record in records:
         unit = _unit(record, where)
-        if unit.unit_id in units:
-            raise ValueError(f"{where}: unit_id: expected a new one, got {unit.unit_id!r} again")
-        units[unit.unit_id] = unit
-    return tuple(units.values())
+        if first := lines.get(unit.unit_id):
+            raise ValueError(
+                f"{where}: unit_id: expected a new one, got {unit.unit_id!r} again, which {first} "
+                f"has; put all pairs of a prompt into one line"
+            )
+        units[unit.unit_id], lines[unit.unit_id] = unit, where
+    return tuple(units.values()), lines
 
 
 def _unit(record: Mapping[str, Any], where: str) -> Unit:
     unit_id, by_kind = record.get("unit_id"), record.get("pairs")
     if not isinstance(unit_id, str) or not unit_id:
         raise ValueError(f"{where}: unit_id: expected a text, got {unit_id!r}")
+    try:
+        unit_id.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: unit_id: expected characters that UTF-8 has, got {unit_id!r}"
+        ) from None
     kinds = (*KINDS, MARGINAL)
     if not isinstance(by_kind, dict) or not set(by_kind) <= set(kinds):
         got = sorted(by_kind) if isinstance(by_kind, dict) else type(by_kind).__name__
         raise ValueError(f"{where}: pairs: expected an object with keys of {kinds}, got {got}")
     pairs = {}
     for kind, items in by_kind.items():
+        if items is None:  # how tables with a column per kind write one that is absent
+            continue
         if not isinstance(items, list):
             raise ValueError(f"{where}: pairs.{kind}: expected a list, got {type(items).__name__}")
         if items:
@@ -131,10 +163,20 @@ def _pair(item: Any, where: str) -> TokenPair:
     if ids[1] == ids[2]:
         raise ValueError(f"{where}: expected different responses, got chosen_ids = rejected_ids")
     for name in ("chosen_reward", "rejected_reward"):
-        reward = item.get(name, 0.0)
-        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
-            raise ValueError(f"{where}.{name}: expected a finite number, got {reward!r}")
+        reward = item.get(name)
+        if reward is not None and not _is_finite(reward):
+            got = repr(reward)[:60]
+            raise ValueError(f"{where}.{name}: expected a finite number, got {got}")
     return TokenPair(*ids)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 _ID_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")

@@ -69,7 +69,7 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
     """A line of JSONL; ValueError, naming `where`, for anything but a JSON object."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r} ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from train.config import RankConfig, RunConfig
 from train.judges import Judge, build_judge
 from train.modes import KIND_OF_MODE, THINKING
-from train.pairs import meta_path, provenance, write_pairs
+from train.pairs import meta_path, output_path, provenance, write_pairs
 from train.prompts import parse_object
 from train.responses import read_responses, responses_path
 
@@ -119,10 +119,6 @@ def rank_part(
         return None
     counts.events["pairs"] += 1
     return pair
-
-
-def output_path(cfg: RunConfig) -> Path:
-    return Path(cfg.rank.output or Path(cfg.run_dir) / "pairs.jsonl")
 
 
 def run(cfg: RunConfig) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,16 +21,17 @@ from tqdm import tqdm
 
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import segment_sum
-from bvpo_kernels.types import KINDS, Unit
+from bvpo_kernels.types import KINDS, TokenPair, Unit
 from train import parallel
 from train.config import ModelConfig, RunConfig
-from train.data import MicroBatch, StepPlan, load_units
-from train.files import replace_file
+from train.data import MicroBatch, StepPlan
+from train.files import replace_file, sha256
 from train.head import FusedHeadLM, build_policy
+from train.inputs import load_inputs, plan_of
 from train.parallel import ALONE, World, whole
+from train.prompts import parse_object
 
 FORMAT = 1
-_MISSING_SHOWN = 5
 
 
 def response_key(prompt: Sequence[int], response: Sequence[int]) -> str:
@@ -38,14 +40,13 @@ def response_key(prompt: Sequence[int], response: Sequence[int]) -> str:
     return hashlib.sha256(ids.tobytes()).hexdigest()
 
 
-def _segment_keys(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
-    """(key, description) of every segment, in the order in which `pack` lays them out."""
+def _segment_keys(units: Sequence[Unit]) -> Iterator[str]:
+    """The key of every segment, in the order in which `pack` lays them out."""
     for unit in units:
         for kind in (*KINDS, MARGINAL):
-            for number, pair in enumerate(unit.pairs.get(kind, ())):
-                for side in ("chosen", "rejected"):
-                    key = response_key(pair.prompt, getattr(pair, side))
-                    yield key, f"unit {unit.unit_id!r}, {kind} pair {number}, {side}"
+            for pair in unit.pairs.get(kind, ()):
+                for response in (pair.chosen, pair.rejected):
+                    yield response_key(pair.prompt, response)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -103,29 +104,37 @@ class ReferenceCache:
         """
         names = sorted({*expected, *self.fingerprint})
         wrong = [
-            f"{name}: expected {expected.get(name)!r}, got {self.fingerprint.get(name)!r}"
+            f"{name}: expected {expected.get(name)!r} (this command), got "
+            f"{self.fingerprint.get(name)!r} (the scores)"
             for name in names
             if expected.get(name) != self.fingerprint.get(name)
         ]
         if wrong:
+            # Weights that FSDP2 casts are not those that autocast casts.
+            how = "under" if expected.get("casts") == "fsdp" else "without"
             raise ValueError(
                 f"{where}: the reference scores belong to another run ({'; '.join(wrong)}); "
-                f"rebuild them with cache-ref"
+                f"rebuild them by cache-ref with the options of this command, {how} torchrun"
             )
 
-    def check_units(self, units: Sequence[Unit], where: str | Path) -> None:
-        """Refuse a cache that lacks a response of `units`.
+    def without_scores(self, units: Sequence[Unit]) -> list[Unit]:
+        """The pairs of `units` that lack a score, each as a unit of its own."""
+        return [
+            Unit(unit.unit_id, {kind: (pair,)})
+            for unit in units
+            for kind, pairs in unit.pairs.items()
+            for pair in pairs
+            if not self._has(pair)
+        ]
 
-        Raises:
-            ValueError: naming the first responses that are missing and how many there are.
-        """
-        missing = [what for key, what in _segment_keys(units) if key not in self._index]
-        if missing:
-            shown = "; ".join(missing[:_MISSING_SHOWN])
-            raise ValueError(
-                f"{where}: reference scores are missing for {len(missing)} responses ({shown}"
-                f"{'; ...' if len(missing) > _MISSING_SHOWN else ''}); rebuild them with cache-ref"
-            )
+    def _has(self, pair: TokenPair) -> bool:
+        sides = (pair.chosen, pair.rejected)
+        return all(response_key(pair.prompt, side) in self._index for side in sides)
+
+    def with_scores(self, keys: Sequence[str], scores_S: Tensor) -> ReferenceCache:
+        """This cache and more scores."""
+        joined_S = torch.cat([self.scores_S, scores_S])
+        return ReferenceCache(self.fingerprint, (*self.keys, *keys), joined_S)
 
     def prepare(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Nothing: the scores are there."""
@@ -136,7 +145,7 @@ class ReferenceCache:
 
     def scores(self, units: Sequence[Unit]) -> Tensor:
         """Scores [S] of the segments of `pack(units)`, in its order, on the CPU."""
-        index = [self._index[key] for key, _ in _segment_keys(units)]
+        index = [self._index[key] for key in _segment_keys(units)]
         return self.scores_S[index]
 
 
@@ -147,6 +156,18 @@ def build(
 
     The micro-batches are those that training will use first: a half-precision GEMM may round a row
     differently in another pack, and the first loss is log 2 exactly only in the same packs.
+    """
+    keys, scores_S = _score(policy, micro_batches, world)
+    return ReferenceCache(fingerprint(policy, cfg), keys, scores_S)
+
+
+def _score(
+    policy: FusedHeadLM, micro_batches: Sequence[MicroBatch], world: World
+) -> tuple[tuple[str, ...], Tensor]:
+    """Keys and scores [S] of the responses of all ranks' micro-batches.
+
+    Raises:
+        FloatingPointError: naming the units of a score that is NaN or infinite.
     """
     keys: list[str] = []
     scores: list[Tensor] = []
@@ -165,15 +186,13 @@ def build(
             if not bool(scores_S.isfinite().all()):
                 failed += [unit.unit_id for unit in micro.units]
             scores.append(scores_S)
-            keys += [key for key, _ in _segment_keys(micro.units)]
+            keys += _segment_keys(micro.units)
     joined = torch.cat(scores) if scores else torch.empty(0)
     parts = world.gather_objects((keys, joined, failed))
     if failed := [name for part in parts for name in part[2]]:
         raise FloatingPointError(f"reference: non-finite score in one of the units {failed}")
     all_keys = tuple(key for part in parts for key in part[0])
-    return ReferenceCache(
-        fingerprint(policy, cfg), all_keys, torch.cat([part[1] for part in parts])
-    )
+    return all_keys, torch.cat([part[1] for part in parts])
 
 
 def save(cache: ReferenceCache, path: Path) -> None:
@@ -185,7 +204,7 @@ def save(cache: ReferenceCache, path: Path) -> None:
     replace_file(path, lambda name: save_file({"scores": cache.scores_S}, name))
     sidecar = {
         "fingerprint": dict(cache.fingerprint),
-        "scores_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "scores_sha256": sha256(path),
         "keys": list(cache.keys),
     }
     text = json.dumps(sidecar, indent=1)
@@ -200,20 +219,34 @@ def load(path: Path) -> ReferenceCache:
     """What `save` wrote.
 
     Raises:
-        ValueError: if the sidecar is missing or does not belong to the scores.
+        ValueError: if the file or its sidecar is missing, damaged, or not the other's.
     """
-    sidecar_path = _sidecar(path)
-    if not sidecar_path.is_file():
-        raise ValueError(f"{path}: expected its sidecar {sidecar_path}, got no such file")
-    sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sidecar["scores_sha256"]:
+    sidecar = _sidecar(path)
+    try:
+        content = parse_object(sidecar.read_bytes(), str(sidecar))
+        keys, made_with = content.get("keys"), content.get("fingerprint")
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise ValueError(f"{sidecar}: keys: expected a list of texts")
+        if not isinstance(made_with, dict):
+            raise ValueError(f"{sidecar}: fingerprint: expected an object, got {made_with!r}")
+        found, expected = sha256(path), content.get("scores_sha256")
+        if found != expected:
+            raise ValueError(
+                f"{path}: expected scores with sha256 {expected}, as {sidecar} says, got {found}"
+            )
+        scores_S = load_file(path)["scores"]
+        if scores_S.shape != (len(keys),):
+            raise ValueError(f"{sidecar}: keys: expected {len(scores_S)}, got {len(keys)}")
+    except FileNotFoundError as error:
         raise ValueError(
-            f"{path}: expected scores with sha256 {sidecar['scores_sha256']}, as {sidecar_path} "
-            f"says, got {found}"
-        )
-    scores_S = load_file(path)["scores"]
-    return ReferenceCache(sidecar["fingerprint"], tuple(sidecar["keys"]), scores_S)
+            f"{path}: expected the reference scores and their sidecar {sidecar.name}, got "
+            f"{error.strerror}: {error.filename}; rebuild them with cache-ref"
+        ) from None
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"{error}; the reference scores are damaged: rebuild them with cache-ref"
+        ) from None
+    return ReferenceCache(made_with, tuple(keys), scores_S)
 
 
 def cache_path(cfg: RunConfig) -> Path:
@@ -230,37 +263,64 @@ def load_or_build(
     policy: FusedHeadLM, plan: StepPlan, held_out: Sequence[Unit], cfg: RunConfig,
     world: World = ALONE,
 ) -> ReferenceCache:  # fmt: skip
-    """The cache of the run's folder, checked; built and stored there if there is none.
+    """The cache of the run's folder, checked; built and stored there if there is none, and what it
+    lacks (a longer run, other pairs) added.
 
     Raises:
-        ValueError: if the cache was made with other weights or settings, or lacks a response.
+        ValueError: if the cache was made with other weights or settings, or is damaged.
     """
     path = cache_path(cfg)
-    if not world.broadcast_object(path.exists()):
-        return _build_and_save(policy, plan, held_out, cfg, world)
-    cache = load(path)
-    cache.check_fingerprint(fingerprint(policy, cfg.model), path)
-    cache.check_units([*plan.units_used, *held_out], path)
+    if world.broadcast_object(path.exists()):
+        known = load(path)
+        known.check_fingerprint(fingerprint(policy, cfg.model), path)
+    else:
+        known = build(policy, first_packs(plan, held_out), cfg.model, world)
+        _store(known, path, world)
+    cache = _complete(known, policy, plan, [*plan.units_used, *held_out], world)
+    if cache is not known:
+        _store(cache, path, world)
+        if world.is_main:
+            print(f"reference scores of {len(cache.keys) - len(known.keys)} more responses: {path}")
     return cache
 
 
-def _build_and_save(
-    policy: FusedHeadLM, plan: StepPlan, held_out: Sequence[Unit], cfg: RunConfig, world: World
+def _complete(
+    cache: ReferenceCache, policy: FusedHeadLM, plan: StepPlan, units: Sequence[Unit], world: World
 ) -> ReferenceCache:
-    cache = build(policy, first_packs(plan, held_out), cfg.model, world)
+    """The cache with the scores of `units` that it lacks.
+
+    Pairs that are longer than the plan's packs have no place in its runs and are left out.
+    """
+    lacking = [u for u in cache.without_scores(units) if u.num_tokens <= plan.token_budget]
+    if not lacking:
+        return cache
+    return cache.with_scores(*_score(policy, plan.step_of(lacking).micro_batches, world))
+
+
+def _store(cache: ReferenceCache, path: Path, world: World) -> None:
+    world.barrier()  # the others have read what is replaced
     if world.is_main:
-        save(cache, cache_path(cfg))
+        save(cache, path)
     world.barrier()
-    return cache
 
 
 def run(cfg: RunConfig) -> None:
-    """`cache-ref`: compute the scores of all pairs and store them in `run_dir`, replacing older."""
+    """`cache-ref`: compute the scores of all pairs and store them in `run_dir`, replacing older.
+
+    Of all pairs of the file, whatever this run would reach: first in the packs of the run, then
+    what these leave out.
+    """
     with parallel.start(cfg.parallel) as world:
-        train_units, held_out = load_units(cfg)
-        policy, _ = build_policy(cfg, world)
-        policy.self_check()
-        plan = StepPlan(train_units, cfg.train, cfg.seed, world.rank, world.size)
-        cache = _build_and_save(policy, plan, held_out, cfg, world)
+        inputs = load_inputs(cfg)
         if world.is_main:
-            print(f"reference scores of {len(cache.keys)} responses: {cache_path(cfg)}")
+            print(inputs.describe(cfg))
+        policy, tokenizer = build_policy(cfg, world)
+        inputs.check_model(policy.model.config, tokenizer, cfg, world)
+        policy.self_check()
+        plan = plan_of(cfg, inputs.training, world)
+        path = cache_path(cfg)
+        cache = build(policy, first_packs(plan, inputs.held_out), cfg.model, world)
+        cache = _complete(cache, policy, plan, inputs.pairs.units, world)
+        _store(cache, path, world)
+        if world.is_main:
+            print(f"reference scores of {len(cache.keys)} responses: {path}")

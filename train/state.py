@@ -31,8 +31,9 @@ from train.pairs import data_fingerprint
 # writes and how it computes the same gradients (up to rounding), not what it minimises.
 MAY_CHANGE = (
     "run_dir", "dry_run", "checkpoint", "profile", "prompts", "sample", "rank", "model.name",
-    "model.gguf_file", "train.pairs", "train.eval_every", "train.measure_head_memory",
-    "train.workspace_mib", "train.head_backend", "train.tokens_per_micro_batch",
+    "model.gguf_file", "train.pairs", "train.check_tokenizer", "train.eval_every",
+    "train.measure_head_memory", "train.workspace_mib", "train.head_backend",
+    "train.tokens_per_micro_batch",
     "train.checkpoint_layers", "parallel.replicate", "parallel.reshard_after_forward",
     "parallel.cpu_offload", "parallel.sync_every_micro_batch",
 )  # fmt: skip

@@ -1,10 +1,11 @@
-"""FLOPs that a step needs, and what share of the machine's peak it did them at (MFU)."""
+"""Seconds and FLOPs of a step, and what share of the machine's peak it did them at (MFU)."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -84,3 +85,19 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def utilization(flops: float, seconds: float, peak: float | None, ranks: int) -> dict[str, float]:
     """`mfu` of a step of all ranks, for its log line; nothing where the peak is not known."""
     return {} if peak is None else {"mfu": flops / (seconds * peak * ranks)}
+
+
+class Stopwatch:
+    """Wall-clock seconds per stage of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def log(self) -> dict[str, float]:
+        return {f"seconds/{stage}": seconds for stage, seconds in self.seconds.items()}

@@ -18,7 +18,8 @@ from benchmarks.registry import Case, Outputs
 from bvpo_kernels.types import EMPTY, KINDS, TRACE, TokenPair, Unit
 from train.cli import parse
 from train.config import RunConfig
-from train.data import StepPlan, load_units
+from train.data import StepPlan
+from train.inputs import load_inputs
 from train.models import load_model
 from train.reference import response_key
 
@@ -138,7 +139,7 @@ def _tiny(count: int) -> list[Unit]:
 def _units(case: Case, cfg: RunConfig) -> list[Unit]:
     if case.mode == "tiny":
         return _tiny(case.shape["units"])
-    training, _ = load_units(cfg)
+    training = load_inputs(cfg).training
     if case.mode == "long":
         return _long(training, case.shape["units"])
     return list(StepPlan(training, cfg.train, cfg.seed)[0].units)

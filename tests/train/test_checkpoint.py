@@ -85,7 +85,7 @@ class Run:
 
 
 def make(folder: Path, world=ALONE, identity=None, **options) -> Checkpointer:
-    cfg = CheckpointConfig(every=1, **options)
+    cfg = CheckpointConfig(**{"every": 1, **options})
     return Checkpointer(folder, world, cfg, IDENTITY if identity is None else identity)
 
 
@@ -154,6 +154,8 @@ def test_only_the_latest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
     with pytest.raises(ValueError, match=r"checkpoint.keep_latest: expected >= 1, got 0"):
         make(tmp_path, keep_latest=0)
+    with pytest.raises(ValueError, match=r"checkpoint.every: expected >= 1, got 0"):
+        make(tmp_path, every=0)
 
 
 def truncate(path: Path) -> None:
@@ -216,7 +218,8 @@ def test_a_later_defective_one_goes_when_the_run_has_gone_on(tmp_path):
 def test_another_run_is_refused_by_what_differs(tmp_path):
     trained(tmp_path, 1)
     other = {"optim.lr": "0.2", "weights": "abc", "seed": "1"}
-    with pytest.raises(ValueError, match=r"optim.lr: expected 0.2, got 0.1; seed: expected 1, got"):
+    seen = r"optim.lr: expected 0.2 \(this command\), got 0.1 \(the checkpoint\); seed: expected 1 "
+    with pytest.raises(ValueError, match=seen):
         resume(tmp_path, identity=other)
     with pytest.raises(ValueError, match=r"checkpoint.resume: expected true, or a run_dir without"):
         resume(tmp_path, resume=False)

@@ -82,8 +82,24 @@ def test_kinds_without_pairs_are_counted():
 def test_a_long_unit_is_refused_at_once_by_name():
     units = make_units(11)
     longest = max(units, key=lambda unit: unit.num_tokens)
-    with pytest.raises(ValueError, match=f"'{longest.unit_id}' has {longest.num_tokens} tokens"):
+    expected = f"micro_batch: expected at least {longest.num_tokens}, .*'{longest.unit_id}'"
+    with pytest.raises(ValueError, match=expected):
         plan_of(units, tokens_per_micro_batch=longest.num_tokens - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 0}, r"train\.max_steps: expected at least 1, got 0"),
+        ({"max_steps": -3}, r"train\.max_steps: expected at least 1, got -3"),
+        ({"epochs": 0.0}, r"train\.epochs: expected a finite number > 0, got 0"),
+        ({"epochs": float("inf")}, r"train\.epochs: expected .*, got inf"),
+        ({"epochs": float("nan")}, r"train\.epochs: expected .*, got nan"),
+    ],
+)
+def test_a_run_of_no_steps_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(make_units(11), **options)
 
 
 @pytest.mark.parametrize("wanted", [0, 12])

@@ -141,6 +141,21 @@ def test_the_command_writes_what_was_trained(run_dir, tmp_path, capsys):
     )
 
 
+def test_an_output_that_is_filled_is_refused(run_dir, tmp_path):
+    """Whatever is in it would be gone."""
+    cfg, _ = run_dir
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("chapter 1")
+    for output in (folder, folder / "thesis.tex"):
+        with pytest.raises(ValueError, match=r"output: expected a new or an empty folder, got the"):
+            export.run(make_export(cfg, output=str(output)))
+    assert (folder / "thesis.tex").read_text() == "chapter 1"
+    (folder / "thesis.tex").unlink()
+    export.run(make_export(cfg, output=str(folder)))
+    assert (folder / "model.safetensors").exists()
+
+
 def test_the_command_refuses(run_dir, tmp_path):
     cfg, _ = run_dir
     with pytest.raises(FileNotFoundError, match=r"run_dir: expected checkpoints in .*, got none"):

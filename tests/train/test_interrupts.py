@@ -84,12 +84,14 @@ def test_a_run_stops_after_its_step(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "model").exists()
 
 
-def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("every", [None, 10])
+def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys, every):
+    """Only the signal asks for one; a run that went on from one ends with one."""
     monkeypatch.delenv(UNDER_TORCHRUN, raising=False)
 
     def trainer(name):
         cfg = make_cfg(tmp_path / name, max_steps=4)
-        cfg.checkpoint.every = 10  # only the signal asks for one before the end
+        cfg.checkpoint.every = every
         return make_trainer(cfg, make_units(4))
 
     whole = trainer("whole")
@@ -101,6 +103,21 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys
     assert steps_of(tmp_path / "stopped") == [1, 2, 3, 4]
     for name, value in whole.policy.named_parameters():
         assert torch.equal(again.policy.get_parameter(name), value), name
+    assert (tmp_path / "whole" / "checkpoints").exists() is (every is not None)
+    finished = trainer("stopped")
+    finished.train_step = None
+    assert finished.run() == 0
+    assert "resumed after step 4 of 4" in capsys.readouterr().out
+
+
+def test_a_stopped_run_that_may_not_go_on_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(UNDER_TORCHRUN, raising=False)
+    cfg = make_cfg(tmp_path)
+    cfg.checkpoint.resume = False
+    assert signal_in(make_trainer(cfg, make_units(4)), 0, SIGTERM).run() == 143
+    assert "checkpoint.resume true goes on from its checkpoint" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"checkpoint\.resume: expected true"):
+        make_trainer(cfg, make_units(4)).run()
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path):

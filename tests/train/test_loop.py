@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from tiny_runs import (
+    inputs_of,
     make_cfg,
     make_trainer,
     make_units,
@@ -246,7 +247,7 @@ def test_written_configuration_is_read_back(tmp_path, monkeypatch):
     """`run` writes what it was given; the command line reads the same from the file."""
     cfg = make_cfg(tmp_path, max_steps=1)
     cfg.optim.betas, cfg.train.holdout = (0.8, 0.95), 0.0
-    monkeypatch.setattr(loop, "load_units", lambda cfg: (make_units(4), []))
+    monkeypatch.setattr(loop, "load_inputs", lambda cfg: inputs_of(make_units(4)))
     monkeypatch.setattr(loop, "build_policy", lambda cfg, world: (FusedHeadLM(tiny_model()), None))
     loop.run(cfg)
     command, read = parse(["train", "--config", str(tmp_path / "config.yaml")])
@@ -259,7 +260,8 @@ def test_dry_run_builds_everything_and_stops_before_the_first_step(tmp_path, mon
     cfg.train.holdout, cfg.dry_run = 0.0, True
     policy = FusedHeadLM(tiny_model())
     before = parameters(policy)
-    monkeypatch.setattr(loop, "load_units", lambda cfg: (make_units(7), make_units(1, seed=5)))
+    units, held_out = make_units(7), make_units(1, seed=5)
+    monkeypatch.setattr(loop, "load_inputs", lambda cfg: inputs_of(units, held_out))
     monkeypatch.setattr(loop, "build_policy", lambda cfg, world: (policy, None))
     loop.run(cfg)
     said = capsys.readouterr().out

@@ -1,10 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 from tiny_chat import write_lines
 
 from bvpo_kernels.types import EMPTY, TRACE, TokenPair, Unit
-from train.config import TrainConfig
 from train.pairs import data_fingerprint, load_pairs, meta_path, split_holdout, write_pairs
 
 
@@ -74,11 +74,64 @@ def with_pair(**changes):
         (with_pair(rejected_ids=[True]), r"rejected_ids: expected .* token ids"),
         (with_pair(rejected_ids=[7, 2]), "expected different responses"),
         (with_pair(chosen_reward=float("nan")), "chosen_reward: expected a finite number"),
+        (with_pair(chosen_reward=10**400), "chosen_reward: expected a finite number"),
+        (with_pair(rejected_reward=True), "rejected_reward: expected a finite number, got True"),
+        (with_pair(rejected_reward="1"), "rejected_reward: expected a finite number, got '1'"),
+        (unit("\ud800"), r"unit_id: expected characters that UTF-8 has, got '\\ud800'"),
+        ({"unit_id": None, "pairs": {}}, "unit_id: expected a text, got None"),
+        ({"unit_id": "x", "pairs": None}, "pairs: expected an object .* got NoneType"),
+        (unit("x", trace=None, empty=None), "expected at least one pair"),
+        (unit("x", trace=[None]), r"pairs\.trace\[0\]: expected an object, got NoneType"),
     ],
 )
 def test_malformed_units_name_file_and_line(tmp_path, record, message):
     path = write_lines(tmp_path / "bad.jsonl", [unit("u0"), unit("u1"), record])
     with pytest.raises(ValueError, match=rf"bad\.jsonl:3: .*{message}"):
+        load_pairs(path)
+
+
+def test_null_is_absent_where_a_field_may_be(tmp_path):
+    """As a table with a column per field is written: kinds and rewards of some rows."""
+    bare = {name: pair()[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    row = {**bare, "chosen_reward": None, "rejected_reward": None}
+    path = write_lines(tmp_path / "pairs.jsonl", [unit(trace=[row], empty=None, marginal=None)])
+    ids = (tuple(value) for value in bare.values())
+    assert load_pairs(path).units == (Unit("u0", {TRACE: (TokenPair(*ids),)}),)
+
+
+def test_lines_are_counted_with_the_blank_ones(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    lines = ["", json.dumps(unit("a")), "  ", "\t", json.dumps(unit("b")), ""]
+    path.write_text("\n".join(lines))
+    assert load_pairs(path).lines == {"a": f"{path}:2", "b": f"{path}:5"}
+    path.write_text("\n".join([*lines, json.dumps(unit("a"))]))
+    message = rf"{path}:7: unit_id: .*'a' again, which {path}:2 has; put all pairs of a prompt into"
+    with pytest.raises(ValueError, match=message):
+        load_pairs(path)
+    for text in ("\n \n", "[" * 10**5, "\xff"):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=rf"{path}"):
+            load_pairs(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected a JSON object"),
+        ("", "expected a JSON object"),
+        ("[" * 10**5, "expected a JSON object"),
+        ("3", "expected a JSON object, got int"),
+        ('{"settings": null}', "settings: expected an object, got NoneType"),
+        ('{"settings": []}', "settings: expected an object, got list"),
+        ('{"fingerprint": null}', "fingerprint: expected .*, got None"),
+        ('{"fingerprint": [1]}', "fingerprint: expected .*, got \\[1\\]"),
+    ],
+)
+def test_damaged_sidecars(tmp_path, text, message):
+    path = write_lines(tmp_path / "pairs.jsonl", [unit()])
+    meta_path(path).write_text(text)
+    advice = "rank again, or remove the sidecar"
+    with pytest.raises(ValueError, match=rf"pairs\.meta\.json.*{message}.*; {advice}"):
         load_pairs(path)
 
 
@@ -112,7 +165,7 @@ def test_a_sidecar_of_other_units_is_refused(tmp_path):
 
 
 def test_the_shipped_pairs():
-    path = Path(TrainConfig().pairs)
+    path = Path("train/data/smollm2_pairs.jsonl")
     loaded = load_pairs(path)
     assert 64 <= len(loaded.units) <= 120
     assert all(set(u.pairs) == {TRACE, EMPTY} for u in loaded.units)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import RANKS, Case, run, spawn
 from test_marginal import traced_units
-from tiny_runs import make_units, tiny_model
+from tiny_runs import lacking, make_units, tiny_model
 
 from train import loading, parallel
 from train.config import ModelConfig, ParallelConfig
@@ -37,6 +37,13 @@ CASES = {
         estimate={"reference": "marginal"}, units=lambda: traced_units(5),
         train={"tokens_per_micro_batch": 700},
     ),
+    # In packs of their own, outside of the statistics; some steps have one such pack, some none.
+    "lacking": Case(estimate={}, units=lambda: some_lacking(9), tied=True),
+    "lacking, exact products": Case(
+        estimate={"cross": "exact"}, units=lambda: some_lacking(9),
+        train={"tokens_per_micro_batch": 90},
+    ),
+    "lacking, sketches": Case(estimate={"mode": "sketch"}, units=lambda: some_lacking(9)),
     "kto": Case(loss="kto"),
     "simpo": Case(loss="simpo"),
     "recomputed": Case(train={"checkpoint_layers": 1}, sync_every_micro_batch=True, estimate={}),
@@ -53,6 +60,13 @@ def doubled(count):
         type(unit)(unit.unit_id, {**unit.pairs, "trace": (*unit.pairs["trace"], *m.pairs["trace"])})
         for unit, m in zip(make_units(count), more, strict=True)
     ]
+
+
+def some_lacking(count):
+    """Every third unit without an empty pair, the one after it without a trace pair."""
+    units = make_units(count)
+    kinds = {0: "empty", 1: "trace"}
+    return [lacking(u, kinds[n % 3]) if n % 3 in kinds else u for n, u in enumerate(units)]
 
 
 def _run_all(rank: int, folder: Path) -> None:

@@ -159,11 +159,13 @@ def test_another_configuration_or_dataset_is_refused(tmp_path, monkeypatch):
     cfg = case.cfg(tmp_path)
     cfg.optim.lr = 0.5
     monkeypatch.setattr(case, "cfg", lambda run_dir: cfg)
-    with pytest.raises(ValueError, match=r"another run \(optim.lr: expected 0.5, got 0.001\)"):
+    with pytest.raises(
+        ValueError, match=r"\(optim.lr: expected 0.5 \(this command\), got 0.001 \(the"
+    ):
         case.trainer(tmp_path, sharded=False).run()
     more = Interrupted(units=lambda: make_units(10))
     (tmp_path / "reference.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"another run \(training units: expected \w+, got \w+\)"):
+    with pytest.raises(ValueError, match=r"training units: expected \w+ \(this command\), got"):
         more.trainer(tmp_path, sharded=False).run()
 
 

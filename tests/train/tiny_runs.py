@@ -13,7 +13,9 @@ from bvpo_kernels.types import KINDS, TokenPair, Unit
 from train.adapters import base_model, base_name, is_adapter, merged
 from train.config import ModelConfig, RunConfig, TrainConfig
 from train.head import FusedHeadLM
+from train.inputs import Inputs
 from train.loop import Trainer
+from train.pairs import PairSet
 
 VOCAB = 97
 # A large initializer range, so that attention and head are far from uniform.
@@ -49,6 +51,11 @@ def make_units(count: int, seed: int = 0, kinds=KINDS) -> list[Unit]:
     ]
 
 
+def lacking(unit: Unit, kind: str) -> Unit:
+    """The unit without its pairs of a kind."""
+    return Unit(unit.unit_id, {k: pairs for k, pairs in unit.pairs.items() if k != kind})
+
+
 def make_cfg(run_dir: Path, **train) -> RunConfig:
     cfg = RunConfig(run_dir=str(run_dir))
     cfg.model = ModelConfig(name="tiny", compute_dtype="float32")
@@ -56,6 +63,23 @@ def make_cfg(run_dir: Path, **train) -> RunConfig:
     cfg.train = TrainConfig(**{**options, **train})
     cfg.optim.lr = 1e-3
     return cfg
+
+
+def record_of(unit: Unit) -> dict:
+    """A unit as a line of a file of pairs."""
+    fields = ("prompt", "chosen", "rejected")
+    pairs = {
+        kind: [{f"{name}_ids": list(getattr(pair, name)) for name in fields} for pair in of_kind]
+        for kind, of_kind in unit.pairs.items()
+    }
+    return {"unit_id": unit.unit_id, "pairs": pairs}
+
+
+def inputs_of(training, held_out=()) -> Inputs:
+    """What `load_inputs` makes of a file of these units."""
+    units = (*training, *held_out)
+    lines = {unit.unit_id: f"pairs.jsonl:{n}" for n, unit in enumerate(units, 1)}
+    return Inputs(PairSet(units, {}, Path("pairs.jsonl"), lines), [*training], [*held_out])
 
 
 def make_trainer(cfg: RunConfig, units, held_out=(), model=None) -> Trainer:
