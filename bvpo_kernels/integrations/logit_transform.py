@@ -154,7 +154,10 @@ def check_logits(
     try:
         with replaced_forward(head, probe.head), evaluation(model):
             own_TV = (forward or model)(input_ids=ids_1T, use_cache=False).logits[0]
-    except RuntimeError as error:  # weights of another dtype between backbone and head
+    except RuntimeError as error:
+        if "backbone" in probe.missing:  # nor would it without the probe
+            raise
+        # Most likely weights between backbone and head, which are in half precision.
         raise ValueError(
             f"model: the head of {name} is not linear in a known way: {error}"
         ) from error
@@ -185,12 +188,18 @@ def _compare(own_TV: Tensor, want_TV: Tensor, transform: LogitTransform, name: s
         )
 
 
-def rounding(logits: Tensor) -> float:
-    """Nats by which log-probabilities of right `logits` may be off: in half precision each of
-    their operations rounds by half an eps of their size."""
-    if logits.dtype not in _HALF:
-        return TOLERANCE
-    return TOLERANCE + 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+def rounding(logits: Tensor, dtype: torch.dtype | None = None) -> float:
+    """Nats by which log-probabilities of right `logits` may be off.
+
+    In half precision each of a few operations rounds by half an eps of the logits' size.
+
+    Args:
+        dtype: that they were computed in, where it is not their own.
+    """
+    for kind in (dtype, logits.dtype):
+        if kind in _HALF:
+            return TOLERANCE + 4 * torch.finfo(kind).eps * float(logits.abs().max())
+    return TOLERANCE
 
 
 @contextmanager

@@ -336,7 +336,7 @@ def _check(model: Any, options: _Options, always: bool) -> None:
     ours_T, logits_TV = fused.log_probs[0], result.logits[0, :-1]
     logp_TV = (logits_TV.to(ours_T.dtype) / options.temperature).log_softmax(-1)
     wrong = (ours_T - logp_TV.gather(1, ids_1L[0, 1:, None])[:, 0]).abs().max()
-    tolerance = rounding(logits_TV)
+    tolerance = rounding(logits_TV, model.get_output_embeddings().weight.dtype)
     name = type(model).__name__
     if not bool(wrong <= tolerance):
         raise ValueError(
