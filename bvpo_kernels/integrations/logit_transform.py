@@ -85,6 +85,17 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return below[0] if len(below) == 1 else model
 
 
+def text_decoder(model: Any) -> nn.Module:
+    """The layers between input embedding and LM head, without what a multimodal backbone has more.
+
+    Args:
+        model: a causal LM of transformers, or a peft model around one.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = base.get_decoder()
+    return backbone(base) if found is base else found
+
+
 class _Probe:
     """A backbone's result and a head that tell what happens around them, exact in any dtype.
 
@@ -102,14 +113,22 @@ class _Probe:
         # A bias shows whether hidden states or logits were scaled.
         self.bias_V = torch.cos(index_V * 1.7) if biased else torch.zeros(rows)
         self.missing = {"backbone", "LM head"}
+        self.rounded: torch.dtype | None = None  # of the hidden states that the head was given
 
-    def head(self, hidden_1TD: Tensor) -> Tensor:
-        self.missing.discard("LM head")
+    def logits(self, hidden_1TD: Tensor) -> Tensor:
+        """h W^T + b, fp32."""
         u_D, c_V, b_V = (
             x.to(hidden_1TD.device) for x in (self.direction_D, self.column_V, self.bias_V)
         )
-        step_1T = hidden_1TD.float() @ u_D / u_D.square().sum()
+        step_1T = (hidden_1TD.float() * u_D).sum(-1) / u_D.square().sum()
         return step_1T[..., None] * c_V + b_V
+
+    def head(self, hidden_1TD: Tensor) -> Tensor:
+        """A forward. FSDP2 may cast what it is given, which rounds only what was scaled before."""
+        self.missing.discard("LM head")
+        if not torch.equal(hidden_1TD.float().cpu(), self.hidden_1TD):
+            self.rounded = hidden_1TD.dtype
+        return self.logits(hidden_1TD)
 
     def backbone(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """A forward hook. fp32: whatever the model does before its head is not rounded, either."""
@@ -149,7 +168,7 @@ def check_logits(
     probe = _Probe(rows, dim, linear.bias_V is not None)
     ids_1T = torch.tensor([probe_ids(model.config)], device=device)
     # Some forwards call the decoder inside the backbone (OPT, Bart); the two return the same.
-    bodies = {backbone(model), model.get_decoder()} - {model}
+    bodies = {backbone(model), text_decoder(model)} - {model}
     hooks = [body.register_forward_hook(probe.backbone) for body in bodies]
     try:
         with replaced_forward(head, probe.head), evaluation(model):
@@ -169,22 +188,22 @@ def check_logits(
             f"model: expected a forward of {name} that calls its backbone, for last_hidden_state, "
             f"and its LM head as modules; {' and '.join(sorted(probe.missing))} not seen"
         )
-    _compare(own_TV, transform(probe.head(probe.hidden_1TD))[0].to(own_TV.device), transform, name)
+    want_TV = transform(probe.logits(probe.hidden_1TD.to(own_TV.device)))[0]
+    _compare(name, own_TV, want_TV, rounding(own_TV, probe.rounded))
 
 
-def _compare(own_TV: Tensor, want_TV: Tensor, transform: LogitTransform, name: str) -> None:
+def _compare(name: str, own_TV: Tensor, want_TV: Tensor, tolerance: float) -> None:
     if own_TV.shape != want_TV.shape:
         raise ValueError(
             f"model: {name} has {own_TV.shape[-1]} logits per token, expected the vocabulary of "
             f"its LM head, {want_TV.shape[-1]} rows; its configuration names no other"
         )
     wrong = (own_TV.float().log_softmax(-1) - want_TV.log_softmax(-1)).abs().max()
-    tolerance = rounding(own_TV)
     if not bool(wrong <= tolerance):
         raise ValueError(
-            f"model: {name} scores tokens differently from a linear head under {transform} (by "
-            f"{wrong.item():.3g} nats, expected <= {tolerance:.2g}): its head is not linear in a "
-            f"known way"
+            f"model: {name} scores tokens differently from a linear head with the scale and cap of "
+            f"its configuration (by {wrong.item():.3g} nats, expected <= {tolerance:.2g}): its "
+            f"head is not linear in a known way"
         )
 
 
