@@ -31,6 +31,7 @@ from trl import DPOConfig, DPOTrainer
 
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.integrations import trl_data
+from bvpo_kernels.integrations.logit_transform import logit_transform
 from bvpo_kernels.integrations.transformers import patch_model
 from bvpo_kernels.mixing import AlphaEstimator
 from bvpo_kernels.mixing.moments import MIN_UNITS
@@ -203,7 +204,8 @@ class BVPOTrainer(DPOTrainer):
             if any(getattr(config, "is_prompt_learning", False) for config in adapters):
                 raise ValueError("peft_config: expected LoRA or the like, got prompt learning")
             bare = self.accelerator.unwrap_model(model)
-            softcap = getattr(bare.config.get_text_config(), "final_logit_softcapping", None)
+            softcap = logit_transform(bare.config).softcap
+            _drop_trl_head(bare)
             workspace = self.args.head_workspace_mib
             patch_model(
                 bare, outputs=("log_probs", "entropy", *(() if softcap else ("mean_logits",))),
@@ -349,6 +351,15 @@ class BVPOTrainer(DPOTrainer):
 
 
 @torch.no_grad()
+def _drop_trl_head(model: Any) -> None:
+    """Take off TRL's `add_fused_lm_head`: ours answers its calls, and copies of the model would
+    share its reference to the original."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    function = getattr(vars(base).get("forward"), "__func__", None)
+    if getattr(function, "__globals__", {}).get("__name__", "").startswith("trl."):
+        del base.forward
+
+
 def _require_separate_segments(model: Any) -> None:
     """Two segments in one row must score as each does alone.
 
