@@ -116,6 +116,20 @@ def test_patches_are_undone_in_order():
     first.remove()
 
 
+def test_a_patch_over_another_takes_its_calls():
+    model = make()
+    first, second = patch_model(model, always=True), patch_model(model, temperature=2.0)
+    call = {"input_ids": IDS, "labels": LABELS}
+    assert "logits" in model(**call, fused_lm_head=False)
+    by_first = model(**call).log_probs
+    by_second = model(**call, fused_lm_head=True).log_probs
+    second.remove()
+    torch.testing.assert_close(model(**call, fused_lm_head=True).log_probs, by_first)
+    assert not torch.allclose(by_first, by_second)
+    first.remove()
+    assert "logits" in model(**call)
+
+
 def test_always_serves_a_plain_trainer_and_temperature_divides():
     model = make()
     own = model(input_ids=IDS, labels=LABELS).loss

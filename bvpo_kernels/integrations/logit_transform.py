@@ -50,10 +50,10 @@ def logit_transform(config: Any) -> LogitTransform:
         ValueError: for a scale together with a softcap, where their order is not known.
     """
     text = config.get_text_config()
-    scale = 1.0
+    scale, model_type = 1.0, getattr(text, "model_type", None)
     for name in (*_MULTIPLIERS, *_DIVISORS):
         value = getattr(text, name, None) or 1.0
-        multiplies = (name in _MULTIPLIERS) != ((text.model_type, name) in _INVERTED)
+        multiplies = (name in _MULTIPLIERS) != ((model_type, name) in _INVERTED)
         scale *= value if multiplies else 1 / value
     softcap = _first(text, _SOFTCAPS)
     if softcap is not None and scale != 1.0:
