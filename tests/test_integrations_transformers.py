@@ -12,20 +12,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import transformers as hf
+from causal_lms import IDS, LABELS, make, own_logprobs
 from torch import nn
 
 from bvpo_kernels.integrations.transformers import patch_model
 from bvpo_kernels.oracles.testing import assert_accurate
-
-IDS = torch.tensor([[5, 9, 2, 40, 7, 88, 3], [1, 90, 17, 4, 4, 60, 33]])
-LABELS = IDS.clone()
-LABELS[0, :2] = -100
-LABELS[1, 5:] = -100
-SIZES = {
-    "vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "pad_token_id": 0,
-    "max_position_embeddings": 64, "initializer_range": 0.3,
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +25,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def make(name="Llama", **options):
-    torch.manual_seed(0)
-    config = getattr(hf, f"{name}Config")(**{**SIZES, **options})
-    return getattr(hf, f"{name}ForCausalLM")(config).eval()
-
-
-def own_logprobs(model, labels=LABELS):
-    """The definition, from the model's own logits in fp32 or fp64."""
-    logits = model(input_ids=IDS).logits[:, :-1]
-    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    target = labels[:, 1:]
-    return logp.gather(2, target.clamp(min=0)[..., None])[..., 0].masked_fill(target == -100, 0)
 
 
 def gradients(model, logp):
@@ -137,6 +114,20 @@ def test_patches_are_undone_in_order():
         first.remove()
     second.remove()
     first.remove()
+
+
+def test_a_patch_over_another_takes_its_calls():
+    model = make()
+    first, second = patch_model(model, always=True), patch_model(model, temperature=2.0)
+    call = {"input_ids": IDS, "labels": LABELS}
+    assert "logits" in model(**call, fused_lm_head=False)
+    by_first = model(**call).log_probs
+    by_second = model(**call, fused_lm_head=True).log_probs
+    second.remove()
+    torch.testing.assert_close(model(**call, fused_lm_head=True).log_probs, by_first)
+    assert not torch.allclose(by_first, by_second)
+    first.remove()
+    assert "logits" in model(**call)
 
 
 def test_always_serves_a_plain_trainer_and_temperature_divides():

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bvpo_kernels.integrations.lm_head import call_with_hooks, read_head
-from bvpo_kernels.integrations.transformers import logit_transform
+from bvpo_kernels.integrations.logit_transform import (
+    TOLERANCE,
+    check_logits,
+    logit_transform,
+    probe_ids,
+    rounding,
+    text_decoder,
+)
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import IGNORE_INDEX, TRACE, PackedBatch, TokenPair, Unit
 from train import adapters, attention, loading, parallel
@@ -80,7 +87,7 @@ class FusedHeadLM(nn.Module):
         """What the LM head reads, [T, D]."""
         # attention_mask=None and use_cache=False: only then does transformers derive the
         # block-diagonal mask from position_ids; otherwise segments see each other, silently.
-        hidden_1TD = self.model.get_decoder()(
+        hidden_1TD = text_decoder(self.model)(
             input_ids=batch.tokens_T[None],
             position_ids=batch.position_ids_T[None],
             attention_mask=None,
@@ -98,6 +105,7 @@ class FusedHeadLM(nn.Module):
 
     def _head_logprobs(self, hidden_TD: Tensor, target_T: Tensor, max_scored: int | None) -> Tensor:
         head = read_head(self.model.get_output_embeddings(), type(self.model).__name__)
+        head = head.first_rows(self.transform.vocab)
         logprobs_T, _ = head.logprobs(
             hidden_TD, target_T, return_entropy=False, temperature=self.transform.temperature,
             softcap=self.transform.softcap, workspace_bytes=self.workspace_bytes,
@@ -116,29 +124,33 @@ class FusedHeadLM(nn.Module):
         Raises:
             ValueError: naming the model's class and the difference found.
         """
-        batch = _probe_batch(self.model.config.get_text_config().vocab_size).to(self.device)
+        batch = _probe_batch(probe_ids(self.model.config, 16)).to(self.device)
         # Without autocast, whose rounding would hide a small leak, where attention allows it.
-        half = self.model.config._attn_implementation in attention.HALF_ONLY
-        with self._autocast() if half else nullcontext():
-            half = half or self.hidden(batch).dtype not in (torch.float32, torch.float64)
+        autocast = self.model.config._attn_implementation in attention.HALF_ONLY
+        with self._autocast() if autocast else nullcontext():
+            half = autocast or self.hidden(batch).dtype not in (torch.float32, torch.float64)
             packed_T = self._logprobs(batch)
-            alone = []
+            # bf16 rounds hidden states, too; an unknown scale or a leak is off by nats.
+            alone, tolerance = [], 0.5 if half else TOLERANCE
             for start, end in pairwise(batch.cu_seqlens.tolist()):
                 tokens_1T = batch.tokens_T[None, start:end]
                 logits_TV = self.model(input_ids=tokens_1T, use_cache=False).logits[0]
                 logp_TV = logits_TV.to(packed_T.dtype).log_softmax(-1)
                 target_T1 = batch.target_T[start:end, None]
                 alone.append(logp_TV.gather(1, target_T1.clamp_min(0))[:, 0])
+                tolerance = max(
+                    tolerance, rounding(logits_TV, self.compute_dtype if half else None)
+                )
         wrong_T = (packed_T - torch.cat(alone)).masked_fill(batch.target_T == IGNORE_INDEX, 0).abs()
-        # bf16 rounds logits of 16 to 32 by up to 0.06 each way, and the hidden states before them;
-        # an unknown scale or a leak is off by nats.
-        tolerance = 0.5 if half else 1e-3
         if not bool(wrong_T.max() <= tolerance):
             raise ValueError(
                 f"model: {type(self.model).__name__} scores a packed row differently from its own "
-                f"logits (by {wrong_T.max().item():.3g} nats, expected <= {tolerance}): its head "
-                f"is not linear in a known way, or its attention does not keep segments apart"
+                f"logits (by {wrong_T.max().item():.3g} nats, expected <= {tolerance:.2g}): its "
+                f"head is not linear in a known way, or its attention does not keep segments apart"
             )
+        with self._autocast() if autocast else nullcontext():
+            # What the rounding above may hide.
+            check_logits(adapters.base_model(self.model), self.transform, self.device)
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -149,9 +161,9 @@ def _disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def _probe_batch(vocab: int) -> PackedBatch:
-    """Fixed tokens spread over the vocabulary: two pairs, hence four segments."""
-    first, second, third, *rest = ((7919 * index + 11) % vocab for index in range(16))
+def _probe_batch(tokens: list[int]) -> PackedBatch:
+    """Two pairs, hence four segments."""
+    first, second, third, *rest = tokens
     pairs = [TokenPair([first], rest[:4], rest[4:5]), TokenPair([second, third], rest[5:12], rest)]
     return pack([Unit("probe", {TRACE: pairs})])
 

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from bvpo_kernels.integrations.logit_transform import text_decoder
 from train.config import ParallelConfig
 
 SHARD, REPLICATE = "shard", "replicate"
@@ -156,7 +157,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         ValueError: naming a model that has none.
     """
-    stacks = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
+    stacks = [m for m in text_decoder(model).children() if isinstance(m, nn.ModuleList)]
     if not stacks:
         raise ValueError(
             f"model: expected a decoder with a list of layers, got {type(model).__name__}"
@@ -185,7 +186,7 @@ def shard(policy: nn.Module, cfg: ParallelConfig, world: World, compute: torch.d
         "offload_policy": CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy(),
         "reshard_after_forward": cfg.reshard_after_forward,
     }
-    decoder, layers = model.get_decoder(), decoder_layers(model)
+    decoder, layers = text_decoder(model), decoder_layers(model)
     for layer in layers:
         fully_shard(layer, **options)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

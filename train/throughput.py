@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from bvpo_kernels.integrations.logit_transform import text_decoder
 from bvpo_kernels.types import Unit
 
 # Dense bf16, in TFLOP/s, by a part of the device's name; the first that fits. From the vendors'
@@ -33,7 +34,7 @@ class StepFlops:
 
     def __init__(self, model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()
-        linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+        linears = [m for m in text_decoder(model).modules() if isinstance(m, nn.Linear)]
         self.per_token = sum(map(_per_row, linears))
         self.per_scored = _per_row(head)
         config = model.config.get_text_config()

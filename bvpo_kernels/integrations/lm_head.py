@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,16 @@ class LinearHead(NamedTuple):
             for a_RD, _, scale, dropout in self.adapters
         ]
         return torch.cat(low, 1), torch.cat([adapter.b_VR for adapter in self.adapters], 1)
+
+    def first_rows(self, count: int | None) -> LinearHead:
+        """The head of the first `count` tokens; None is all."""
+        if count is None or count >= self.weight_VD.shape[0]:
+            return self
+        return LinearHead(
+            self.weight_VD[:count],
+            None if self.bias_V is None else self.bias_V[:count],
+            tuple(adapter._replace(b_VR=adapter.b_VR[:count]) for adapter in self.adapters),
+        )
 
     @torch.no_grad()
     def mean_logits(self, hidden_TD: Tensor) -> Tensor:
@@ -137,11 +148,18 @@ def call_with_hooks(head: Any, function: Callable[..., Any], *args: Any) -> Any:
     """
     if not (head._forward_pre_hooks or head._forward_hooks):
         return function(*args)
-    previous = head.__dict__.get("forward")
-    head.forward = function
-    try:
+    with replaced_forward(head, function):
         return head(*args)
+
+
+@contextmanager
+def replaced_forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """`function` in the place of the module's forward; its hooks run as before."""
+    previous = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
     finally:
-        del head.forward
+        del module.forward
         if previous is not None:
-            head.forward = previous
+            module.forward = previous

@@ -7,7 +7,6 @@ Source of the contract, `model(..., labels=labels, fused_lm_head=True).log_probs
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,42 +18,18 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from bvpo_kernels.integrations.lm_head import LinearHead, call_with_hooks, read_head
+from bvpo_kernels.integrations.logit_transform import (
+    LogitTransform,
+    backbone,
+    check_logits,
+    evaluation,
+    logit_transform,
+    probe_ids,
+    rounding,
+)
 from bvpo_kernels.types import IGNORE_INDEX
 
-# Names under which configurations of transformers scale the logits, and how.
-_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
-_DIVISORS = ("logits_scaling",)  # Granite
-_SOFTCAP = "final_logit_softcapping"  # Gemma 2 and later
 OUTPUTS = ("log_probs", "entropy", "mean_logits")
-_PROBE_TOKENS = 8
-
-
-class LogitTransform(NamedTuple):
-    """z = softcap tanh((h W^T + b) / softcap) / temperature; see `linear_logprobs`."""
-
-    temperature: float = 1.0
-    softcap: float | None = None
-
-
-def logit_transform(config: Any) -> LogitTransform:
-    """What a model's own forward does to its logits, read from its configuration.
-
-    Raises:
-        ValueError: for a scale together with a softcap: their order differs between models.
-    """
-    text = config.get_text_config()
-    scale = 1.0
-    for name in _MULTIPLIERS:
-        scale *= getattr(text, name, None) or 1.0
-    for name in _DIVISORS:
-        scale /= getattr(text, name, None) or 1.0
-    softcap = getattr(text, _SOFTCAP, None)
-    if softcap is not None and scale != 1.0:
-        raise ValueError(
-            f"model: expected a logit scale or a softcap, got both ({scale}, {softcap}) in "
-            f"{type(text).__name__}"
-        )
-    return LogitTransform(1.0 / scale, softcap)
 
 
 @dataclass
@@ -77,26 +52,34 @@ class FusedHeadOutput(ModelOutput):
 class PatchedModel:
     """Handle of a patch: `remove()` brings the model's own forward back. A context manager, too."""
 
-    def __init__(self, model: nn.Module, previous: Any, forward: Any) -> None:
-        self.model, self._previous, self._forward = model, previous, forward
+    def __init__(self, model: nn.Module, level: int) -> None:
+        self.model, self._level, self._patched = model, level, True
 
     def remove(self) -> None:
-        """Undo the patch; nothing to do a second time.
+        """Undo the patch; nothing to do a second time. Copies of the model keep theirs.
 
         Raises:
             RuntimeError: somebody else replaced `forward` since; undo that first.
         """
-        if self._forward is None:
+        if not self._patched:
             return
-        if self.model.__dict__.get("forward") is not self._forward:
+        patches = dict(getattr(self.model, _PATCHES))  # a shallow copy shares the original's
+        if "forward" in self.model.__dict__ or max(patches) != self._level:
             raise RuntimeError(
                 "remove: expected the forward of patch_model, got one that was put over it; undo "
                 "patches in the opposite order"
             )
-        del self.model.forward
-        if self._previous is not None:
-            self.model.forward = self._previous
-        self._forward = None
+        previous = patches.pop(self._level).instance_forward
+        if previous is not None:
+            self.model.forward = previous
+        if patches:
+            setattr(self.model, _PATCHES, patches)
+        else:
+            delattr(self.model, _PATCHES)
+        # A class that was put over ours since (FSDP2's) stays; ours under it then does nothing.
+        if type(self.model).__dict__.get(_LEVEL) == self._level:
+            self.model.__class__ = type(self.model).__mro__[1]
+        self._patched = False
 
     def __enter__(self) -> PatchedModel:
         return self
@@ -111,6 +94,19 @@ class _Options(NamedTuple):
     outputs: tuple[str, ...]
     impl: str
     workspace_bytes: int | None
+
+
+@dataclass
+class _Patch:
+    """What a patched model keeps in its own __dict__, so that its copies have copies of it."""
+
+    options: _Options
+    always: bool
+    instance_forward: Any  # one that was in the model's __dict__, over that of its class
+
+
+_PATCHES = "_fused_head_patches"  # of a model: its patches by level, 0 the first
+_LEVEL = "_fused_head_level"  # of a class made here
 
 
 def patch_model(
@@ -138,16 +134,18 @@ def patch_model(
         temperature: divides the logits, after what the model itself does to them.
         outputs: fields of `FusedHeadOutput` to compute, among "log_probs", "entropy" (a little more
             work per logit) and "mean_logits" (not with a softcap).
-        always: fuse every call with labels: a plain `transformers.Trainer` then needs no change.
-            Such a call returns no logits.
-        check: compare eight tokens with the model's own logits, once, now. Skipped where the
-            weights are not there yet (meta device, sharded).
+        always: fuse every call with labels, as a plain `transformers.Trainer` makes them in
+            training and in evaluation: same loss, no logits. A `compute_metrics` is then given
+            (log_probs, label_mask) as predictions.
+        check: try the head on the model's own logits, once, now, in fp32; then eight tokens with
+            the weights as they are. Skipped where these are not there yet (meta device, sharded).
         impl, workspace_bytes: of `linear_logprobs`.
 
     Raises:
         TypeError, ValueError: naming what cannot be served: a model that is no causal LM, a head
             that is not linear, logits scaled in a way not known here, quantized or offloaded heads,
-            a tensor-parallel head, experts whose router loss is asked for.
+            a tensor-parallel head, experts whose router loss is asked for; with `always`, a loss
+            of its own that is not the mean over the next tokens.
     """
     wrapper: Any = model
     base = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
@@ -160,17 +158,63 @@ def patch_model(
     )
     if "mean_logits" in outputs and options.transform.softcap is not None:
         raise ValueError(f"outputs: mean_logits is not linear in {type(base).__name__}'s logits")
-    previous, original = base.__dict__.get("forward"), base.forward
-    forward = types.MethodType(_make_forward(base, original, options, always), base)
-    base.forward = forward
-    handle = PatchedModel(base, previous, forward)
+    level = _put_over(base, _Patch(options, always, base.__dict__.get("forward")))
+    handle = PatchedModel(base, level)
     if check:
         try:
-            _compare_with_own_logits(base, original, temperature)
+            _check(base, options, always)
         except BaseException:
             handle.remove()
             raise
     return handle
+
+
+def _put_over(model: Any, patch: _Patch) -> int:
+    """Give `model` the class under which `patch` acts; returns the level of the patch."""
+    vars(model).pop("forward", None)
+    cls: Any = type(model)
+    model.__class__ = _patched_class(cls)
+    level = getattr(model, _LEVEL)
+    setattr(model, _PATCHES, getattr(model, _PATCHES, {}) | {level: patch})
+    return level
+
+
+@functools.cache
+def _patched_class(cls: Any) -> Any:
+    """`cls` with a forward that looks for patches in the instance that it is called on.
+
+    A class, and no bound method in the instance, because copies of a model share such a method:
+    copy.deepcopy, pickle and nn.DataParallel would go on with the weights of the original. It has
+    the name of `cls`: transformers writes that into config.json, and goes by it here and there.
+    """
+    level = getattr(cls, _LEVEL, -1) + 1
+
+    # The signature of the model's own forward: `generate` and `Trainer` ask for it.
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patch = getattr(self, _PATCHES, {}).get(level)
+        if patch is None:  # removed, or an instance made anew
+            return cls.forward(self, *args, **kwargs)
+        own = patch.instance_forward or functools.partial(cls.forward, self)
+        if patch.instance_forward is None and level > 0 and kwargs.get("fused_lm_head") is False:
+            own = functools.partial(own, fused_lm_head=False)  # nor by a patch below
+        return _call(self, patch, own, *args, **kwargs)
+
+    def __reduce_ex__(self: Any, _protocol: Any) -> Any:
+        # Pickle finds a class by its name, and there it would find the one that is not patched.
+        plain = next(base for base in made.__mro__ if not hasattr(base, _LEVEL))
+        return _new_instance, (plain, level + 1), self.__getstate__()
+
+    namespace = {"forward": forward, "__reduce_ex__": __reduce_ex__, _LEVEL: level}
+    names = ("__module__", "__qualname__", "__doc__")
+    made = type(cls.__name__, (cls,), namespace | {name: getattr(cls, name) for name in names})
+    return made
+
+
+def _new_instance(cls: Any, levels: int) -> Any:
+    for _ in range(levels):
+        cls = _patched_class(cls)
+    return cls.__new__(cls)
 
 
 def _require_servable(model: nn.Module) -> None:
@@ -179,7 +223,7 @@ def _require_servable(model: nn.Module) -> None:
         raise TypeError(f"model: expected a PreTrainedModel of transformers, got {name}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: expected a decoder-only causal LM, got {name}")
-    if model.base_model is model:
+    if backbone(model) is model:
         raise ValueError(f"model: expected a model with a backbone under it, got {name}")
     head = model.get_output_embeddings()
     if head is None:
@@ -187,41 +231,36 @@ def _require_servable(model: nn.Module) -> None:
     read_head(head, name, materialised=False)
 
 
-def _make_forward(
-    model: nn.Module, original: Callable[..., Any], options: _Options, always: bool
-) -> Callable[..., Any]:
-    # The signature of the model's own forward: `generate` and `Trainer` ask for it.
-    @functools.wraps(type(model).forward)
-    def forward(
-        self: Any,
-        *args: Any,
-        fused_lm_head: bool | None = None,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        labelled = labels is not None or shift_labels is not None
-        if not (always and labelled if fused_lm_head is None else fused_lm_head):
-            given = {
-                "labels": labels,
-                "shift_labels": shift_labels,
-                "num_items_in_batch": num_items_in_batch,
-            }
-            kwargs |= {name: value for name, value in given.items() if value is not None}
-            return original(*args, **kwargs)
-        if not labelled:
-            raise ValueError("labels: fused_lm_head=True expects labels or shift_labels, got none")
-        if kwargs.get("output_router_logits") or _routes(self.config):
-            raise ValueError(
-                f"output_router_logits: the fused head of {type(self).__name__} computes no loss "
-                f"of its router; set it to False"
-            )
-        kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
-        return _score(self, hidden, labels, shift_labels, num_items_in_batch, options)
-
-    return forward
+def _call(
+    model: Any,
+    patch: _Patch,
+    own: Callable[..., Any],
+    *args: Any,
+    fused_lm_head: bool | None = None,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Any = None,
+    **kwargs: Any,
+) -> Any:
+    labelled = labels is not None or shift_labels is not None
+    if not (patch.always and labelled if fused_lm_head is None else fused_lm_head):
+        given = {
+            "labels": labels,
+            "shift_labels": shift_labels,
+            "num_items_in_batch": num_items_in_batch,
+        }
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return own(*args, **kwargs)
+    if not labelled:
+        raise ValueError("labels: fused_lm_head=True expects labels or shift_labels, got none")
+    if kwargs.get("output_router_logits") or _routes(model.config):
+        raise ValueError(
+            f"output_router_logits: the fused head of {type(model).__name__} computes no loss "
+            f"of its router; set it to False"
+        )
+    kwargs["use_cache"] = False
+    hidden = backbone(model)(*args, **kwargs).last_hidden_state
+    return _score(model, hidden, labels, shift_labels, num_items_in_batch, patch.options)
 
 
 def _routes(config: Any) -> bool:
@@ -246,6 +285,7 @@ def _score(
         # Read here, under the head's own hooks: only now are sharded weights whole. One argument,
         # as the head's forward has: the hooks of a tensor-parallel head would drop a second.
         head = read_head(model.get_output_embeddings(), name)
+        head = head.first_rows(options.transform.vocab)
         return _fields(head, hidden_BLD, target_BL, options)
 
     values = call_with_hooks(model.get_output_embeddings(), score, hidden_BLD)
@@ -279,8 +319,8 @@ def _fields(
 
 
 @torch.no_grad()
-def _compare_with_own_logits(model: Any, original: Callable[..., Any], temperature: float) -> None:
-    """A few tokens through both heads: the one check that an unknown scaling cannot pass.
+def _check(model: Any, options: _Options, always: bool) -> None:
+    """The model's logits in fp32, then a few tokens through both heads as they are.
 
     Raises:
         ValueError: naming the model's class and the difference found.
@@ -288,24 +328,31 @@ def _compare_with_own_logits(model: Any, original: Callable[..., Any], temperatu
     parameters = list(model.parameters())
     if any(p.is_meta or isinstance(p, DTensor) or p.numel() == 0 for p in parameters):
         return
-    vocab = model.config.get_text_config().vocab_size
-    ids_1L = torch.tensor([[(7919 * n + 11) % vocab for n in range(_PROBE_TOKENS)]])
-    ids_1L = ids_1L.to(parameters[0].device)
-    training = model.training
-    model.eval()
-    try:
-        ours_T = model.forward(input_ids=ids_1L, labels=ids_1L, fused_lm_head=True).log_probs[0]
-        logits_TV = original(input_ids=ids_1L, use_cache=False).logits[0, :-1]
-    finally:
-        model.train(training)
-    logp_TV = (logits_TV.to(ours_T.dtype) / temperature).log_softmax(-1)
+    device = parameters[0].device
+    own = functools.partial(model.forward, fused_lm_head=False)
+    check_logits(model, options.transform, device, own)
+    ids_1L = torch.tensor([probe_ids(model.config)], device=device)
+    with evaluation(model):
+        fused = model.forward(input_ids=ids_1L, labels=ids_1L, fused_lm_head=True)
+        result = own(input_ids=ids_1L, use_cache=False, **({"labels": ids_1L} if always else {}))
+    ours_T, logits_TV = fused.log_probs[0], result.logits[0, :-1]
+    logp_TV = (logits_TV.to(ours_T.dtype) / options.temperature).log_softmax(-1)
     wrong = (ours_T - logp_TV.gather(1, ids_1L[0, 1:, None])[:, 0]).abs().max()
-    # bf16 rounds logits of 16 to 32 by up to 0.06 each way; an unknown scale is off by nats.
-    half = model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
-    tolerance = 0.5 if half else 1e-3
+    tolerance = rounding(logits_TV, model.get_output_embeddings().weight.dtype)
+    name = type(model).__name__
     if not bool(wrong <= tolerance):
         raise ValueError(
-            f"model: {type(model).__name__} scores tokens differently from its own logits (by "
-            f"{wrong.item():.3g} nats, expected <= {tolerance}): its head is not linear in a known "
-            f"way"
+            f"model: {name} scores tokens differently from its own logits (by {wrong.item():.3g} "
+            f"nats, expected <= {tolerance:.2g}): its head is not linear in a known way"
+        )
+    # A model without a loss of its own is given ours.
+    if always and options.temperature == 1 and result.loss is not None:
+        _compare_losses(name, fused.loss.item(), result.loss.item(), tolerance)
+
+
+def _compare_losses(name: str, fused: float, own: float, tolerance: float) -> None:
+    if not abs(fused - own) <= tolerance:
+        raise ValueError(
+            f"always: expected a model whose loss is the mean over the next tokens, that of {name} "
+            f"is {own:.4g}, not {fused:.4g}; pass fused_lm_head=True to calls instead"
         )

@@ -30,6 +30,7 @@ from trl import DPOConfig, DPOTrainer
 
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.integrations import trl_data
+from bvpo_kernels.integrations.logit_transform import logit_transform
 from bvpo_kernels.integrations.render import RowEncoder
 from bvpo_kernels.integrations.scoring import require_separate_segments
 from bvpo_kernels.integrations.transformers import patch_model
@@ -218,7 +219,8 @@ class BVPOTrainer(DPOTrainer):
             if any(getattr(config, "is_prompt_learning", False) for config in adapters):
                 raise ValueError("peft_config: expected LoRA or the like, got prompt learning")
             bare = self.accelerator.unwrap_model(model)
-            softcap = getattr(bare.config.get_text_config(), "final_logit_softcapping", None)
+            softcap = logit_transform(bare.config).softcap
+            _drop_trl_head(bare)
             workspace = self.args.head_workspace_mib
             patch_model(
                 bare, outputs=("log_probs", "entropy", *(() if softcap else ("mean_logits",))),

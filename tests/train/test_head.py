@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from tiny_runs import VOCAB, make_units, naive_score, tiny_model
+from tiny_runs import SIZES, VOCAB, make_units, naive_score, tiny_model
 from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    HyperCLOVAXConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     PhiConfig,
     Qwen3Config,
@@ -42,9 +45,11 @@ MODELS = {
     ),
     "granite-divided": (GraniteConfig, {"logits_scaling": 4.0}),
     "cohere-multiplied": (CohereConfig, {"logit_scale": 0.25}),
+    "hyperclovax-multiplied": (HyperCLOVAXConfig, {"logits_scaling": 0.3}),
+    "llama4-prefix": (Llama4TextConfig, {"intermediate_size_mlp": 48, "num_local_experts": 2}),
     "phi-bias": (PhiConfig, {}),
     "llama-eager": (LlamaConfig, {"attention": "eager"}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -58,6 +63,30 @@ def test_packed_scores_equal_segments_alone(name):
     torch.testing.assert_close(
         fused_scores(policy, units), naive_scores(model, units), rtol=1e-5, atol=1e-5
     )
+
+
+class CutLlama(LlamaForCausalLM):
+    """Rows of the head beyond `unpadded_vocab_size` are padding, as in Inkling."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits[..., : self.config.unpadded_vocab_size]
+        return out
+
+
+def test_rows_beyond_the_vocabulary_have_no_part_in_the_scores():
+    torch.manual_seed(1)
+    config = LlamaConfig(**{**SIZES, "vocab_size": VOCAB + 6}, unpadded_vocab_size=VOCAB)
+    model, units = CutLlama(config), make_units(3)
+    policy = FusedHeadLM(model)
+    policy.self_check()
+    want_S, got_S = naive_scores(model, units), fused_scores(policy, units)
+    torch.testing.assert_close(got_S, want_S, rtol=1e-5, atol=1e-5)
+    weight = model.lm_head.weight
+    (want,) = torch.autograd.grad(want_S.sum(), weight)
+    (got,) = torch.autograd.grad(got_S.sum(), weight)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    assert not got[VOCAB:].any()
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "gemma2-softcap"])
@@ -129,6 +158,23 @@ def test_self_check_refuses_an_unknown_head_scale():
     model.lm_head.register_forward_hook(lambda module, inputs, logits: 1.5 * logits)
     with pytest.raises(ValueError, match="LlamaForCausalLM scores a packed row differently"):
         policy.self_check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_self_check_refuses_in_half_precision_what_it_refuses_in_full(dtype):
+    """A scale of 1.05: a twentieth of a nat, of logits of which bf16 rounds as much away."""
+    policy = FusedHeadLM(tiny_model(dtype=dtype))
+    policy.self_check()
+    policy.model.lm_head.register_forward_hook(lambda module, inputs, logits: 1.05 * logits)
+    with pytest.raises(ValueError, match="LlamaForCausalLM scores"):
+        policy.self_check()
+
+
+def test_self_check_allows_for_the_rounding_of_large_logits():
+    model = tiny_model(dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    FusedHeadLM(model).self_check()
 
 
 def test_self_check_refuses_a_state_space_model():
