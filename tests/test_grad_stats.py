@@ -100,6 +100,23 @@ def test_accumulation(tied):
         cases.assert_matches(stats, gram, 1e-10)
 
 
+@pytest.mark.parametrize("cross", ["exact", "sketch"])
+def test_micro_batches_may_differ_in_their_factors(cross):
+    """A mean over each micro-batch's own pairs, as trainers with an uneven last one take it."""
+    policy, units = FusedHeadLM(cases.model(tied=True)), cases.units(4)
+    gram = cases.oracle_gram(policy, units)
+    stats = GradStats(policy, cross=cross, sketch_size=128)  # beyond every side: no error
+    for _ in range(2):  # nothing of a step's factors is left for the next one
+        policy.zero_grad()
+        for part, weight in ((units[:2], 0.3), (units[2:3], 0.9), (units[3:], 0.02)):
+            batch = pack(part)
+            alpha = {TRACE: weight, EMPTY: 1 - weight}
+            counts = dict.fromkeys(alpha, 7 * len(part))
+            with stats.collect(batch, {kind: alpha[kind] / counts[kind] for kind in alpha}):
+                cases.dpo(policy, batch, alpha, counts).backward()
+        cases.assert_matches(stats.result(), gram, 1e-10)
+
+
 def test_steps_do_not_mix():
     policy, units = FusedHeadLM(cases.model()), cases.units(4)
     stats = GradStats(policy, cross="exact")

@@ -158,7 +158,8 @@ def test_lora(cross):
 
 
 def _rank(rank: int, port: int, results) -> None:
-    """Rank 0 has two units in two micro-batches, rank 1 one unit; FSDP2 on gloo."""
+    """Rank 0 has two units in two micro-batches, rank 1 one unit, and twice the pairs in the
+    denominator of its losses; FSDP2 on gloo."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -175,13 +176,15 @@ def _rank(rank: int, port: int, results) -> None:
     units = cases.units(3)
     # Every rank must call the model as often as the others.
     split = [[units[0]], [units[1]]] if rank == 0 else [[units[2]], []]
+    counts = {kind: (1 + rank) * count for kind, count in cases.COUNTS.items()}
+    scale = {kind: cases.ALPHA[kind] / count for kind, count in counts.items()}
     for cross in CROSS:
         stats = GradStats(policy, cross=cross, sketch_size=cases.VOCAB)
         for part in split:
             if part:
                 batch = pack(part)
-                with stats.collect(batch, cases.SCALE):
-                    cases.dpo(policy, batch).backward()
+                with stats.collect(batch, scale):
+                    cases.dpo(policy, batch, counts=counts).backward()
             else:
                 (0.0 * cases.dpo(policy, pack(units[:1]))).backward()
         result = stats.result(dist.group.WORLD).to_dict()

@@ -97,6 +97,7 @@ class GradStats:
         self.seed, self._step = seed, 0
         self._micro_batches: list[MicroBatchStats] = []
         self._kind_sums: list[Tensor | None] | None = None
+        self._kind_scales: tuple[float, ...] = ()  # the losses' factors within them
         self._arrange()
 
     @property
@@ -149,9 +150,10 @@ class GradStats:
             counted: False runs the layers as ever but leaves the units out of the step: for a rank
                 that has fewer micro-batches than another, and calls the model all the same.
             kind_scale: kind -> factor of that kind's losses in the loss that is differentiated,
-                weight / number of pairs in the step for `bvpo_loss`; it is divided out. None: 1.
-                A kind of factor 0 has no gradient to measure: clip alpha, to [.02, .98] say, or
-                give the kind that should not move the weights a factor far below rounding.
+                weight / number of pairs in the step for `bvpo_loss`; it is divided out, also where
+                the micro-batches of a step differ in it. None: 1. A kind of factor 0 has no
+                gradient to measure: clip alpha, to [.02, .98] say, or give the kind that should not
+                move the weights a factor far below rounding.
 
         Raises:
             ValueError: naming the argument: a unit without a kind, or already in this step; a
@@ -167,7 +169,8 @@ class GradStats:
                 raise RuntimeError("collect: expected the same trained parameters within a step")
             self._arrange()
         scales = _scales(batch, kind_scale)
-        self._check_batch(batch, scales, counted)
+        self._check_batch(batch, counted)
+        self._rescale(scales)
         collection = self._open(batch)
         before = self._gradient_versions()
         self.collection, scope.active = collection, self
@@ -233,6 +236,7 @@ class GradStats:
         if not self._micro_batches:
             raise RuntimeError("result: expected at least one collection, got none")
         micro_batches, kind_sums = self._micro_batches, self._kind_sums
+        self._rescale((1.0,) * len(micro_batches[0].kinds))
         self.reset()
         self._step += 1
         for micro in micro_batches:
@@ -257,8 +261,8 @@ class GradStats:
         """Forget what was collected since the last `result`, for a step that is given up."""
         self._micro_batches, self._kind_sums = [], None
 
-    def _check_batch(self, batch: PackedBatch, scales: tuple[float, ...], counted: bool) -> None:
-        """Every unit once in the step and with every kind; kinds and scales as before."""
+    def _check_batch(self, batch: PackedBatch, counted: bool) -> None:
+        """Every unit once in the step and with every kind; kinds as before."""
         units, kinds = len(batch.unit_ids), len(batch.kinds)
         place = torch.full((units, kinds), -1)
         unit_G, kind_G = batch.group_unit_G.cpu(), batch.group_kind_G.cpu()
@@ -278,8 +282,17 @@ class GradStats:
         first = self._micro_batches[0] if self._micro_batches else None
         if first is not None and first.kinds != batch.kinds:
             raise ValueError(f"batch: expected the kinds {first.kinds}, got {batch.kinds}")
-        if first is not None and self.cross == "exact" and first.scales != scales:
-            raise ValueError(f"kind_scale: expected {first.scales} as before, got {scales}")
+
+    def _rescale(self, scales: tuple[float, ...]) -> None:
+        """Bring the kind sums so far to other factors of the losses: micro-batches may differ in
+        theirs, as where each loss is the mean over a number of pairs of its own."""
+        old, self._kind_scales = self._kind_scales, scales
+        if self._kind_sums is None or old == scales:
+            return
+        for leaf in self._kind_sums:
+            if leaf is not None and leaf.grad is not None:
+                ratio_K = leaf.grad.new_tensor([b / a for a, b in zip(old, scales, strict=True)])
+                leaf.grad.mul_(ratio_K.view(-1, *[1] * (leaf.ndim - 1)))
 
     def _groups(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Token range, kind and owner (`MicroBatchStats`) of what is measured apart: the groups of
@@ -294,7 +307,7 @@ class GradStats:
 
     def _open(self, batch: PackedBatch) -> Collection:
         device, layout = batch.tokens_T.device, self._layout
-        # Kind sums are unscaled once, at the end, hence kept per kind and not per group.
+        # Kind sums have one factor each (`_rescale`), hence are kept per kind and not per group.
         ranges_G2, kinds_G, _ = self._groups(batch)
         plan = Plan(
             ranges_G2=ranges_G2,

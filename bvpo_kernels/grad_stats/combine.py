@@ -86,7 +86,8 @@ def combine(
     ess: Mapping[str, float] | None = None,
     within: bool = False,
 ) -> StepStats:
-    """Products within a micro-batch from its Gram matrix, the others from sketches or kind sums.
+    """Products within a micro-batch from its Gram matrix, the others from sketches or kind sums,
+    the losses' factors divided out of the last.
 
     Units whose effective sample size is below `MIN_ESS` are left out and counted.
     """
@@ -137,8 +138,7 @@ def combine(
                 f"result: expected an effective sample size >= {MIN_ESS} in every unit for "
                 f"cross='exact', whose sums hold all units; got {skipped} below; use cross='sketch'"
             )
-        sums = _sum_products(kind_sums, process_group) / micro_batches[0].scale_KK()
-        return StepStats(kinds, gram, sums, **more)
+        return StepStats(kinds, gram, _sum_products(kind_sums, process_group), **more)
     return StepStats(kinds, gram, rows.sum(0), rows, skipped=skipped, **more)
 
 
