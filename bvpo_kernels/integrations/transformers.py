@@ -111,6 +111,7 @@ class _Options(NamedTuple):
     outputs: tuple[str, ...]
     impl: str
     workspace_bytes: int | None
+    max_scored: int | None = None  # of a call
 
 
 def patch_model(
@@ -127,6 +128,8 @@ def patch_model(
 
         patch_model(model)
         logp = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs     # [B, L - 1]
+
+    A call may say how many labels are scored at most, `max_scored` of `linear_logprobs`.
 
     Without `fused_lm_head=True` the model's own forward runs, so generation is as before. Head and
     backbone are looked up at every call: LoRA on the head (peft, `LinearHead`), weights that FSDP2
@@ -199,6 +202,7 @@ def _make_forward(
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Any = None,
+        max_scored: int | None = None,
         **kwargs: Any,
     ) -> Any:
         labelled = labels is not None or shift_labels is not None
@@ -219,7 +223,8 @@ def _make_forward(
             )
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state
-        return _score(self, hidden, labels, shift_labels, num_items_in_batch, options)
+        call = options._replace(max_scored=max_scored)
+        return _score(self, hidden, labels, shift_labels, num_items_in_batch, call)
 
     return forward
 
@@ -267,7 +272,7 @@ def _fields(
     logprobs_T, entropy_T = head.logprobs(
         hidden_TD, target_T, temperature=temperature, softcap=transform.softcap,
         return_entropy="entropy" in options.outputs, impl=options.impl,
-        workspace_bytes=options.workspace_bytes,
+        workspace_bytes=options.workspace_bytes, max_scored=options.max_scored,
     )  # fmt: skip
     fields = {"log_probs": logprobs_T}
     if entropy_T is not None:

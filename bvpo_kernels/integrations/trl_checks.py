@@ -1,0 +1,142 @@
+"""What `BVPOConfig` and `BVPOTrainer` find out before the first step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from bvpo_kernels import checks
+from bvpo_kernels.grad_stats.collect import Cross, Mode
+from bvpo_kernels.integrations.dropout import dropout_fields
+from bvpo_kernels.mixing.moments import MIN_UNITS
+
+# Sizes of accelerate's ParallelismConfig whose ranks share the units of a batch.
+_SHARED = ("tp_size", "cp_size", "sp_size")
+
+
+def check_estimate(args: Any) -> None:
+    """Raise ValueError or TypeError, naming the option with which a* could not be measured."""
+    for name in ("alpha", "alpha_low", "alpha_high"):
+        expected = "a number in (0, 1) with estimate_alpha: both kinds need a gradient to measure"
+        checks.number(name, getattr(args, name), lambda a: 0 < a < 1, expected)
+    if args.alpha_low > args.alpha_high:
+        raise ValueError(
+            f"alpha_low: expected at most alpha_high = {args.alpha_high}, got {args.alpha_low}"
+        )
+    checks.number("alpha_halflife", args.alpha_halflife, lambda h: h > 0, "a number of steps > 0")
+    for name, least in (("alpha_warmup", 0), ("sketch_size", 1)):
+        value = getattr(args, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+    for name, allowed in (("stats_mode", get_args(Mode)), ("stats_cross", get_args(Cross))):
+        if getattr(args, name) not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, got {getattr(args, name)!r}")
+    sizes = {name: getattr(args.parallelism_config, name, 1) for name in _SHARED}
+    if max(sizes.values()) > 1:
+        raise ValueError(
+            f"parallelism_config: expected sizes of 1 with estimate_alpha, whose ranks have units "
+            f"of their own, got {sizes}"
+        )
+    check_units(args, args.per_device_train_batch_size)
+
+
+def check_units(args: Any, batch_size: int, rows: int | None = None) -> None:
+    """Raise ValueError unless the steps of a run have the units from which a* is measured.
+
+    Args:
+        batch_size: rows in a micro-batch on one rank.
+        rows: those of the dataset, where it is known.
+    """
+    ranks, parts = args.world_size, args.gradient_accumulation_steps
+    if batch_size * parts * ranks < MIN_UNITS:
+        raise ValueError(
+            f"per_device_train_batch_size: expected at least {MIN_UNITS} units in a step with "
+            f"estimate_alpha, got {batch_size} x {parts} gradient_accumulation_steps on {ranks} "
+            f"process(es)"
+        )
+    if args.stats_mode == "exact" and args.stats_cross == "none" and parts * ranks > 1:
+        raise ValueError(
+            f"stats_cross: 'none' measures one micro-batch on one process in a step, got {parts} "
+            f"gradient_accumulation_steps on {ranks} process(es); expected 'sketch' or 'exact'"
+        )
+    if rows is not None and rows < MIN_UNITS:
+        raise ValueError(
+            f"train_dataset: expected at least {MIN_UNITS} rows with estimate_alpha, got {rows}"
+        )
+
+
+def align_reference(policy: Any, reference: Any, given: bool) -> None:
+    """Policy and reference compute alike: the same dtype of the weights, the same attention.
+
+    A reference that TRL made follows the policy; one that was given is left as it is, with a
+    warning that rewards then start off 0 by rounding.
+    """
+    want, got = policy.config._attn_implementation, reference.config._attn_implementation
+    if not given:
+        if reference.dtype != policy.dtype:
+            reference.to(policy.dtype)
+        if got != want:
+            reference.set_attn_implementation(want)
+        return
+    differences = [("dtype", policy.dtype, reference.dtype), ("attn_implementation", want, got)]
+    for name, ours, theirs in differences:
+        if ours != theirs:
+            warnings.warn(
+                f"ref_model: expected the {name} of model, {ours}, got {theirs}: the two are "
+                f"rounded differently, so that rewards do not start at 0",
+                stacklevel=2,
+            )
+
+
+@torch.no_grad()
+def require_separate_segments(model: Any) -> None:
+    """Two segments in one row must score as each does alone, in the mode that trains.
+
+    Raises:
+        ValueError: naming the model's class (state-space layers, absolute positions, noise of its
+            own in training...).
+    """
+    if any(p.is_meta or not p.numel() for p in model.parameters()):
+        return
+    training = model.training
+    vocab, device = model.config.get_text_config().vocab_size, model.device
+    ids = torch.tensor([(7919 * n + 11) % vocab for n in range(9)], device=device)
+    position_ids = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4], device=device)
+
+    def score(rows: slice) -> Tensor:
+        return model(
+            input_ids=ids[None, rows], position_ids=position_ids[None, rows], attention_mask=None,
+            use_cache=False, shift_labels=ids[None, rows], fused_lm_head=True,
+        ).log_probs[0]  # fmt: skip
+
+    model.train()
+    try:
+        before = _generators(device)
+        packed, again = score(slice(None)), score(slice(None))
+        drew = not all(map(torch.equal, before, _generators(device)))
+        alone = torch.cat([score(slice(0, 4)), score(slice(4, None))])
+    finally:
+        model.train(training)
+    name = type(model).__name__
+    # Kernels that add in no fixed order differ by rounding, and draw nothing.
+    if drew and not torch.equal(packed, again):
+        raise ValueError(
+            f"model: {name} draws random numbers in training, in a form of dropout that could not "
+            f"be switched off (it has {dropout_fields(model.config) or 'no field of that name'}); "
+            f"policy and reference must differ in their weights only"
+        )
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.5
+    difference = (packed - alone).abs().max().item()
+    if not difference <= tolerance:
+        raise ValueError(
+            f"model: {name} mixes the segments of a packed row (by {difference:.3g} nats, expected "
+            f"<= {tolerance})"
+        )
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
