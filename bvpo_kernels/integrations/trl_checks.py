@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bvpo_kernels import checks
 from bvpo_kernels.grad_stats.collect import Cross, Mode
@@ -76,8 +78,11 @@ def align_reference(policy: Any, reference: Any, given: bool) -> None:
     """
     want, got = policy.config._attn_implementation, reference.config._attn_implementation
     if not given:
-        if reference.dtype != policy.dtype:
-            reference.to(policy.dtype)
+        # Tensor by tensor: some stay in fp32 whatever a model is loaded in, as rotary frequencies.
+        dtypes = {name: t.dtype for name, t in _tensors(policy)}
+        for name, tensor in _tensors(reference):
+            if tensor.is_floating_point() and name in dtypes:
+                tensor.data = tensor.data.to(dtypes[name])
         if got != want:
             reference.set_attn_implementation(want)
         return
@@ -89,6 +94,10 @@ def align_reference(policy: Any, reference: Any, given: bool) -> None:
                 f"rounded differently, so that rewards do not start at 0",
                 stacklevel=2,
             )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 @torch.no_grad()
