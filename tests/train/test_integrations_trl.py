@@ -284,4 +284,5 @@ def test_readme_trains_as_it_stands(tmp_path, monkeypatch):
     # Without a GPU, TRL's default of bf16 asks for that word.
     exec(snippet.replace('("out", ', '("out", use_cpu=True, '), scope)
     assert scope["trainer"].state.global_step == 3
+    assert scope["trainer"].ref_model is not None
     assert scope["trainer"]._alpha.effective_steps > 0
