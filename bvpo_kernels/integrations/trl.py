@@ -115,8 +115,8 @@ class BVPOTrainer(DPOTrainer):
 
     Metrics: TRL's names are those of the traces; "empty/..." are the same of the empties;
     "trace/loss", "empty/loss", "alpha", and with an estimate `AlphaEstimator.log`. Checkpoints hold
-    the estimator and the step of the sketches in alpha.json. A step of fewer than two units, as the
-    last of an epoch may be, is not measured.
+    the estimator and the step of the sketches in alpha.json. The last step of an epoch is not
+    measured where it has fewer than two units, or rows that are repeated to serve all ranks.
 
     Args:
         model, ref_model, args, train_dataset, eval_dataset, kwargs: of DPOTrainer.
@@ -349,10 +349,17 @@ class BVPOTrainer(DPOTrainer):
         assert self._stats is not None
         group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
         found, self._micro_batch = self._stats.result(group), 0
-        if found.num_units >= MIN_UNITS:  # the last step of an epoch may have one unit
+        if found.num_units >= MIN_UNITS and not self._repeats_rows():
             self._alpha.update(found)
         for name, value in self._alpha.log().items():
             self._metrics["train"][name].append(value)
+
+    def _repeats_rows(self) -> bool:
+        """Whether accelerate filled up the last batches of an epoch with rows of its start, so that
+        all ranks have as many: such rows are no units of their own."""
+        state = self.accelerator.gradient_state
+        several = self.accelerator.num_processes > 1
+        return several and state.end_of_dataloader and state.remainder > 0
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

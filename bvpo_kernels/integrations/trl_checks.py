@@ -68,6 +68,14 @@ def check_units(args: Any, batch_size: int, rows: int | None = None) -> None:
         raise ValueError(
             f"train_dataset: expected at least {MIN_UNITS} rows with estimate_alpha, got {rows}"
         )
+    whole = batch_size * ranks
+    filled = ranks > 1 and not args.dataloader_drop_last
+    if rows is not None and filled and rows % whole and rows < whole * parts:
+        raise ValueError(
+            f"train_dataset: expected a multiple of {whole} rows, or more than {whole * parts}, "
+            f"with estimate_alpha, got {rows}: rows are repeated in every step, to serve {ranks} "
+            f"processes"
+        )
 
 
 def align_reference(policy: Any, reference: Any, given: bool) -> None:

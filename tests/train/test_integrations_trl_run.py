@@ -1,6 +1,8 @@
 """`BVPOTrainer` in training: precision, resuming, and what stands in the way of an estimate."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 pytest.importorskip("trl", reason="trl is not installed")
 
 from datasets import Dataset
+from ranks import RANKS, spawn
 from tiny_chat import save_causal_lm
 from tiny_trl import config, first_batch, loss_and_gradients, model, rows, trainer
 from transformers import AutoModelForCausalLM, Starcoder2Config
@@ -266,6 +269,42 @@ def test_a_last_step_of_one_unit_is_trained_and_not_measured(tmp_path):
     made.train()
     assert made.state.global_step == 4
     assert [stats.num_units for stats in seen] == [2, 2]
+
+
+def test_repeated_rows_in_every_step_are_refused():
+    args = SimpleNamespace(
+        world_size=2, gradient_accumulation_steps=2, stats_mode="exact", stats_cross="exact",
+        dataloader_drop_last=False,
+    )  # fmt: skip
+    for served in (4, 8, 9, 12):
+        trl_checks.check_units(args, 2, served)
+    for refused in (2, 5, 7):
+        with pytest.raises(ValueError, match="train_dataset: expected a multiple of 4 rows, or"):
+            trl_checks.check_units(args, 2, refused)
+
+
+def measure_on_a_rank(rank, folder):
+    """Ten rows in steps of eight: the second one repeats two."""
+    os.environ["LOCAL_RANK"], os.environ["MASTER_PORT"] = str(rank), "0"
+    made = trainer(
+        folder, Dataset.from_list(rows(10)), reference=0, bf16=True, estimate_alpha=True,
+        stats_cross="exact", gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=1,
+    )  # fmt: skip
+    assert made.accelerator.num_processes == RANKS
+    seen = collected(made)
+    made.train()
+    assert made.state.global_step == 2
+    assert [stats.num_units for stats in seen] == [8]
+    if rank == 0:
+        is_start(made.state.log_history[0])
+    (folder / f"{rank}.json").write_text(json.dumps([made.alpha, seen[0].sums_KK.tolist()]))
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_the_same_and_no_repeated_rows(tmp_path):
+    spawn(measure_on_a_rank, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS))
+    assert first == second
 
 
 def test_a_step_that_was_given_up_leaves_nothing_behind(tmp_path, monkeypatch):
