@@ -176,18 +176,22 @@ class BVPOTrainer(DPOTrainer):
         adapters = getattr(self.model, "peft_config", {}).values()
         if any(getattr(config, "is_prompt_learning", False) for config in adapters):
             raise ValueError("peft_config: expected LoRA or the like, got prompt learning")
-        if self._patched:
-            trl_checks.align_reference(self._patched[0], model, self._reference_given)
+        policy = self._patched[0] if self._patched else None
+        if policy is not None:
+            trl_checks.align_reference(policy, model, self._reference_given)
         disable_dropout(model)
+        check = policy is None or not trl_checks.computes_alike(model, policy)
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         workspace = self.args.head_workspace_mib
-        patch_model(
-            model, outputs=("log_probs", "entropy", *(() if softcap else ("mean_logits",))),
-            impl=self.args.head_impl,
-            workspace_bytes=None if workspace is None else workspace * 2**20,
-        )  # fmt: skip
-        trl_checks.require_separate_segments(model)
-        if not self._patched and self.args.estimate_alpha:
+        with trl_checks.probing(model):
+            patch_model(
+                model, outputs=("log_probs", "entropy", *(() if softcap else ("mean_logits",))),
+                impl=self.args.head_impl, check=check,
+                workspace_bytes=None if workspace is None else workspace * 2**20,
+            )  # fmt: skip
+            if check:
+                trl_checks.require_separate_segments(model)
+        if policy is None and self.args.estimate_alpha:
             self._start_estimate()
         self._patched.append(model)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -106,6 +107,31 @@ def align_reference(policy: Any, reference: Any, given: bool) -> None:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+def computes_alike(model: Any, checked: Any) -> bool:
+    """Whether two models are of one class and one configuration: what was checked for one of them
+    then holds for both."""
+    own = ("dtype", "_name_or_path")
+    first, second = ({**m.config.to_dict(), **dict.fromkeys(own)} for m in (model, checked))
+    return type(model) is type(checked) and first == second
+
+
+@contextmanager
+def probing(model: Any) -> Iterator[None]:
+    """`model` with an attention that a few tokens can go through as the model is now: kernels of
+    flash attention read neither fp32 nor tensors on the host, and autocast and wrappers, which
+    will see to both, are not there yet."""
+    own = model.config._attn_implementation or ""
+    ready = model.device.type != "cpu" and model.dtype in (torch.bfloat16, torch.float16)
+    if "flash" not in own or ready:
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 @torch.no_grad()

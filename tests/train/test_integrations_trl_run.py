@@ -11,11 +11,12 @@ pytest.importorskip("trl", reason="trl is not installed")
 
 from datasets import Dataset
 from ranks import RANKS, spawn
-from tiny_chat import save_causal_lm
+from tiny_chat import make_tokenizer, save_causal_lm, tiny_config
 from tiny_trl import config, first_batch, loss_and_gradients, model, rows, trainer
 from transformers import AutoModelForCausalLM, Starcoder2Config
 
 from bvpo_kernels.integrations import lm_head, trl_checks, trl_head
+from bvpo_kernels.integrations.trl import BVPOTrainer
 
 LN2 = 0.69315
 
@@ -116,6 +117,47 @@ def test_a_sharded_reference_scores_the_same(tmp_path):
     finally:
         dist.destroy_process_group()
     assert all(map(torch.equal, got, want))
+
+
+def test_attention_for_half_precision_serves_the_default_precision(tmp_path, monkeypatch):
+    """fp32 weights under autocast: what probes them before cannot use such an attention."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+    def half_only(module, query, *args, **options):
+        if query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("only fp16 and bf16 are supported")
+        return sdpa_attention_forward(module, query, *args, **options)
+
+    name = "flash_like"
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, half_only)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, sdpa_mask)
+    # Else transformers looks for a package of that name.
+    monkeypatch.setattr(
+        PreTrainedModel, "_check_and_adjust_attn_implementation", lambda _, name, **__: name
+    )
+    models = model(0), model(0)
+    for made in models:
+        made.config._attn_implementation_internal = name
+        made.train()
+    made = BVPOTrainer(
+        models[0], models[1], config(tmp_path, bf16=True, max_steps=1),
+        Dataset.from_list(rows()), processing_class=make_tokenizer(),
+    )  # fmt: skip
+    assert {m.config._attn_implementation for m in models} == {name}
+    made.train()
+    is_start(made.state.log_history[0])
+
+
+def test_a_reference_of_another_architecture_is_checked(tmp_path):
+    other = AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=1))
+    other.model.layers[0].mlp.register_forward_hook(lambda _, __, y: y + y.mean(1, keepdim=True))
+    with pytest.raises(ValueError, match="mixes the segments"):
+        BVPOTrainer(
+            model(), other, config(tmp_path), Dataset.from_list(rows()),
+            processing_class=make_tokenizer(),
+        )  # fmt: skip
 
 
 def test_another_trl_is_refused_by_its_version(monkeypatch):
