@@ -191,8 +191,8 @@ class BVPOTrainer(DPOTrainer):
             )  # fmt: skip
             if check:
                 trl_checks.require_separate_segments(model)
-        if policy is None and self.args.estimate_alpha:
-            self._start_estimate()
+            if policy is None and self.args.estimate_alpha:
+                self._start_estimate()
         self._patched.append(model)
 
     def _start_estimate(self) -> None:

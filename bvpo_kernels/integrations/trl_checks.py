@@ -37,7 +37,8 @@ def check_estimate(args: Any) -> None:
     for name, allowed in (("stats_mode", get_args(Mode)), ("stats_cross", get_args(Cross))):
         if getattr(args, name) not in allowed:
             raise ValueError(f"{name}: expected one of {allowed}, got {getattr(args, name)!r}")
-    sizes = {name: getattr(args.parallelism_config, name, 1) for name in _SHARED}
+    parallel = getattr(args, "parallelism_config", None)
+    sizes = {name: getattr(parallel, name, 1) for name in _SHARED}
     if max(sizes.values()) > 1:
         raise ValueError(
             f"parallelism_config: expected sizes of 1 with estimate_alpha, whose ranks have units "

@@ -226,6 +226,14 @@ def test_what_makes_an_estimate_impossible_is_refused_with_the_options(tmp_path,
         config(tmp_path, estimate_alpha=True, **options)
 
 
+def test_ranks_that_share_units_are_refused_with_an_estimate(tmp_path):
+    made = config(tmp_path, estimate_alpha=True)
+    trl_checks.check_estimate(made)
+    made.parallelism_config = SimpleNamespace(tp_size=1, cp_size=2)
+    with pytest.raises(ValueError, match=r"parallelism_config: expected sizes of 1 .*'cp_size': 2"):
+        trl_checks.check_estimate(made)
+
+
 def test_without_an_estimate_these_are_served(tmp_path):
     options = {"alpha_low": 0.0, "per_device_train_batch_size": 1, "stats_cross": "none"}
     for alpha in (0.0, 1.0):
