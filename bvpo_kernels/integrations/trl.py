@@ -155,7 +155,8 @@ class BVPOTrainer(DPOTrainer):
         self._empty_datasets = {"train": empty_dataset, "eval": eval_empty_dataset}
         self._patched: list[Any] = []
         self._reference_given = ref_model is not None
-        self._alpha = self._stats = None
+        self._alpha: AlphaEstimator | None = None
+        self._stats: GradStats | None = None
         self._micro_batch = 0
         with in_place_of_trls(self._patch):
             super().__init__(
@@ -197,8 +198,8 @@ class BVPOTrainer(DPOTrainer):
 
     def _start_estimate(self) -> None:
         """The estimator and what it measures; before anything is scored, which may take hours."""
-        args: BVPOConfig = self.args
-        trl_checks.check_units(args, args.per_device_train_batch_size, len(self.train_dataset))
+        args, rows = self.args, self.train_dataset
+        trl_checks.check_units(args, args.per_device_train_batch_size, len(rows))  # type: ignore
         self._alpha = AlphaEstimator(
             ema_halflife=args.alpha_halflife, clip=(args.alpha_low, args.alpha_high),
             warmup=args.alpha_warmup, initial=args.alpha,
@@ -318,7 +319,7 @@ class BVPOTrainer(DPOTrainer):
         """TRL's; `auto_find_batch_size` comes here again with a smaller batch."""
         if self._stats is not None:
             size = getattr(self, "_train_batch_size", self.args.per_device_train_batch_size)
-            trl_checks.check_units(self.args, size, len(self.train_dataset))
+            trl_checks.check_units(self.args, size, len(self.train_dataset))  # type: ignore
         return super().get_train_dataloader()
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
