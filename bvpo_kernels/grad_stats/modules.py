@@ -29,12 +29,12 @@ def causal_models(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for a while; each module's own mode comes back."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """`model.train(training)` for a while; each module's own mode comes back."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from bvpo_kernels.grad_stats.modules import causal_models, evaluating
+from bvpo_kernels.grad_stats.modules import causal_models, in_mode
 
 # The number of tokens must be no other size of the model: that is how their axis is known.
 _LENGTHS = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
@@ -42,7 +42,7 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Use]
         if any(_is_elsewhere(p) for p in causal.parameters()):
             continue
         tokens, calls = _free_length(causal), _Calls()
-        with evaluating(causal), _recording(layers, calls):
+        with in_mode(causal, training=False), _recording(layers, calls):
             _run(causal, tokens, calls)
         uses |= {name: Use(_token_axis(found, tokens)) for name, found in calls.items()}
     siblings: dict[str, list[str]] = {}

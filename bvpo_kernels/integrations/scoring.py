@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bvpo_kernels.grad_stats.modules import evaluating
+from bvpo_kernels.grad_stats.modules import in_mode
 from bvpo_kernels.packing import segment_sum
 from bvpo_kernels.types import PackedBatch
 
@@ -96,10 +96,11 @@ def _call(model: Any, tokens_T: Tensor, position_ids_T: Tensor, target_T: Tensor
 
 
 @torch.no_grad()
-def require_separate_segments(model: Any) -> None:
+def require_separate_segments(model: Any, training: bool = False) -> None:
     """Two segments in one row must score as each does alone, and one must not see the other.
 
-    Skipped where the weights are not there yet (meta device, sharded).
+    Asked in evaluation mode, or in that of training. Skipped where the weights are not there yet
+    (meta device, sharded).
 
     Raises:
         TypeError: the model is not patched.
@@ -119,7 +120,7 @@ def require_separate_segments(model: Any) -> None:
     def score(tokens_T: Tensor, rows: slice) -> Tensor:
         return _call(model, tokens_T[rows], positions_T[rows], ids_T[rows])[0]
 
-    with evaluating(model):
+    with in_mode(model, training):
         packed_T, seen_T = score(ids_T, slice(None)), score(other_T, slice(None))
         alone_T = torch.cat([score(ids_T, first), score(ids_T, second)])
     full = packed_T.dtype == torch.float64 or parameters[0].dtype == torch.float32

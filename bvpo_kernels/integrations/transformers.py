@@ -94,6 +94,7 @@ class _Options(NamedTuple):
     outputs: tuple[str, ...]
     impl: str
     workspace_bytes: int | None
+    max_scored: int | None = None  # of a call
 
 
 @dataclass
@@ -123,6 +124,8 @@ def patch_model(
 
         patch_model(model)
         logp = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs     # [B, L - 1]
+
+    A call may say how many labels are scored at most, `max_scored` of `linear_logprobs`.
 
     Without `fused_lm_head=True` the model's own forward runs, so generation is as before. Head and
     backbone are looked up at every call: LoRA on the head (peft, `LinearHead`), weights that FSDP2
@@ -240,6 +243,7 @@ def _call(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Any = None,
+    max_scored: int | None = None,
     **kwargs: Any,
 ) -> Any:
     labelled = labels is not None or shift_labels is not None
@@ -260,7 +264,8 @@ def _call(
         )
     kwargs["use_cache"] = False
     hidden = backbone(model)(*args, **kwargs).last_hidden_state
-    return _score(model, hidden, labels, shift_labels, num_items_in_batch, patch.options)
+    call = patch.options._replace(max_scored=max_scored)
+    return _score(model, hidden, labels, shift_labels, num_items_in_batch, call)
 
 
 def _routes(config: Any) -> bool:
@@ -307,7 +312,7 @@ def _fields(
     logprobs_T, entropy_T = head.logprobs(
         hidden_TD, target_T, temperature=temperature, softcap=transform.softcap,
         return_entropy="entropy" in options.outputs, impl=options.impl,
-        workspace_bytes=options.workspace_bytes,
+        workspace_bytes=options.workspace_bytes, max_scored=options.max_scored,
     )  # fmt: skip
     fields = {"log_probs": logprobs_T}
     if entropy_T is not None:

@@ -15,30 +15,33 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig, DPOTrainer
 
 from bvpo_kernels.grad_stats import GradStats
-from bvpo_kernels.integrations import trl_data
+from bvpo_kernels.integrations import trl_checks, trl_data
+from bvpo_kernels.integrations.dropout import disable_dropout
 from bvpo_kernels.integrations.logit_transform import logit_transform
 from bvpo_kernels.integrations.render import RowEncoder
-from bvpo_kernels.integrations.scoring import require_separate_segments
 from bvpo_kernels.integrations.transformers import patch_model
+from bvpo_kernels.integrations.trl_head import PackedPass, in_place_of_trls
 from bvpo_kernels.mixing import AlphaEstimator
 from bvpo_kernels.mixing.moments import MIN_UNITS
 from bvpo_kernels.types import EMPTY, KINDS, TRACE, PackedBatch
 
 ALPHA_FILE = "alpha.json"
+_STATS = "stats"  # beside the estimator's own keys
 # TRL's metrics that need more of the logits than the fused head forms.
 _NOT_SERVED = ("mean_token_accuracy",)
 
@@ -47,12 +50,12 @@ _NOT_SERVED = ("mean_token_accuracy",)
 class BVPOConfig(DPOConfig):
     """DPOConfig, and where the weight a of L_c = a L_trace + (1 - a) L_empty comes from.
 
-    alpha: the weight, in [0, 1]; with `estimate_alpha` the one of the warm-up.
+    alpha: the weight, in [0, 1]; with `estimate_alpha` the one of the warm-up, in (0, 1).
     estimate_alpha: measure a* during the backward (`GradStats`) and use it from the next step on
         (`AlphaEstimator`, reference "trace").
     alpha_warmup, alpha_halflife, alpha_low, alpha_high: steps of statistics before the first
         estimate is used, halflife of its averages in steps, bounds of the weight.
-    stats_mode, stats_cross, sketch_size: of `GradStats`.
+    stats_mode, stats_cross, sketch_size, stats_strict: of `GradStats`.
     empty_trace: what an empty prompt ends with, where the data has no `empty_prompt`.
     max_length: None, or the tokens of the longest sequence to train on: rows with a longer one are
         dropped and counted. Nothing is cut.
@@ -68,6 +71,9 @@ class BVPOConfig(DPOConfig):
     stats_mode: str = field(default="exact", metadata={"help": "exact, sketch or norm."})
     stats_cross: str = field(default="sketch", metadata={"help": "sketch, exact or none."})
     sketch_size: int = field(default=32, metadata={"help": "Rows of a sketch."})
+    stats_strict: bool = field(
+        default=True, metadata={"help": "Refuse trained parameters that cannot be measured."}
+    )
     empty_trace: str = field(
         default="<think>\n\n</think>\n\n", metadata={"help": "The literal of an empty trace."}
     )
@@ -88,7 +94,10 @@ class BVPOConfig(DPOConfig):
         refused = {
             "use_weighting": (self.use_weighting, "it needs sum_v p_v^2 of every token"),
             "truncation_mode": (self.truncation_mode != "keep_start", "expected keep_start"),
-        }
+            "disable_dropout": (
+                not self.disable_dropout, "policy and reference differ in their weights only"
+            ),
+        }  # fmt: skip
         if self.estimate_alpha:
             sorts = {"aot", "aot_unpaired"} & set(self.loss_type)
             options: Any = self.gradient_checkpointing_kwargs or {}
@@ -101,32 +110,8 @@ class BVPOConfig(DPOConfig):
         for name, (value, reason) in refused.items():
             if value:
                 raise ValueError(f"{name}: {getattr(self, name)!r} cannot be served: {reason}")
-
-
-class _PackedPass:
-    """One pass of a model over a packed batch, handed to TRL kind by kind in its own layout."""
-
-    def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
-        self.model, self.inputs = model, inputs
-        self.fields: dict[str, Tensor] = {}
-
-    def __call__(self, kind: str, **_: Any) -> SimpleNamespace:
-        """What TRL gets for `model(**padded, fused_lm_head=True)`: the padded ids are not used."""
-        if not self.fields:
-            batch: PackedBatch = self.inputs["packed"]
-            # No mask and no cache: only then does attention keep segments apart by position.
-            out = self.model(
-                input_ids=batch.tokens_T[None], position_ids=batch.position_ids_T[None],
-                attention_mask=None, use_cache=False, shift_labels=batch.target_T[None],
-                fused_lm_head=True,
-            )  # fmt: skip
-            names = ("log_probs", "entropy", "mean_logits")
-            self.fields = {name: out[name][0] for name in names if name in out}
-        padded = self.inputs[kind]
-        out = {name: trl_data.to_padded(v, padded) for name, v in self.fields.items()}
-        out.setdefault("mean_logits", torch.zeros_like(out["log_probs"]))
-        is_top1 = torch.zeros_like(out["log_probs"], dtype=torch.bool)
-        return SimpleNamespace(**out, is_top1=is_top1, aux_loss=None)
+        if self.estimate_alpha:
+            trl_checks.check_estimate(self)
 
 
 class BVPOTrainer(DPOTrainer):
@@ -141,7 +126,8 @@ class BVPOTrainer(DPOTrainer):
 
     Metrics: TRL's names are those of the traces; "empty/..." are the same of the empties;
     "trace/loss", "empty/loss", "alpha", and with an estimate `AlphaEstimator.log`. Checkpoints hold
-    the estimator in alpha.json.
+    the estimator and the step of the sketches in alpha.json. The last step of an epoch is not
+    measured where it has fewer than two units, or rows that are repeated to serve all ranks.
 
     Args:
         model, ref_model, args, train_dataset, eval_dataset, kwargs: of DPOTrainer.
@@ -182,25 +168,15 @@ class BVPOTrainer(DPOTrainer):
         self._empty_datasets = trl_data.by_name(
             train_dataset, eval_dataset, empty_dataset, eval_empty_dataset
         )
-        self._patched: set[int] = set()
-        self._alpha = self._stats = None
+        self._patched: list[Any] = []
+        self._reference_given = ref_model is not None
+        self._alpha: AlphaEstimator | None = None
+        self._stats: GradStats | None = None
         self._micro_batch = 0
-        super().__init__(
-            model, ref_model, args, trl_data.BVPOCollator(), train_dataset,
-            eval_dataset, **kwargs,
-        )  # fmt: skip
-        self._patch()
-        self._check_fits()
-        if args.estimate_alpha:
-            self._alpha = AlphaEstimator(
-                ema_halflife=args.alpha_halflife, clip=(args.alpha_low, args.alpha_high),
-                warmup=args.alpha_warmup, initial=args.alpha,
-            )  # fmt: skip
-            mode: Any = args.stats_mode
-            cross: Any = args.stats_cross
-            self._stats = GradStats(
-                self.model, mode, cross=cross, seed=args.seed,
-                sketch_size=args.sketch_size, head=self.model.get_output_embeddings(),
+        with in_place_of_trls(self._patch):
+            super().__init__(
+                model, ref_model, args, trl_data.BVPOCollator(), train_dataset, eval_dataset,
+                **kwargs,
             )  # fmt: skip
 
     @property
@@ -208,27 +184,57 @@ class BVPOTrainer(DPOTrainer):
         """The weight of the trace loss in the coming step."""
         return self.args.alpha if self._alpha is None else self._alpha.value()
 
-    def _patch(self) -> None:
-        """Put the fused head over TRL's, once per model; reference scores may be needed early."""
+    def _patch(self, model: Any, *_: Any, **__: Any) -> None:
+        """Stands for `add_fused_lm_head(model, ...)`: TRL calls it for the policy, then for the
+        reference if there is one."""
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError("router_aux_loss_coef: expected 0.0, the fused head routes no experts")
-        for model in (self.model, self.ref_model):
-            if model is None or id(model) in self._patched:
-                continue
-            adapters = getattr(model, "peft_config", {}).values()
-            if any(getattr(config, "is_prompt_learning", False) for config in adapters):
-                raise ValueError("peft_config: expected LoRA or the like, got prompt learning")
-            bare = self.accelerator.unwrap_model(model)
-            softcap = logit_transform(bare.config).softcap
-            _drop_trl_head(bare)
-            workspace = self.args.head_workspace_mib
+        adapters = getattr(self.model, "peft_config", {}).values()
+        if any(getattr(config, "is_prompt_learning", False) for config in adapters):
+            raise ValueError("peft_config: expected LoRA or the like, got prompt learning")
+        policy = self._patched[0] if self._patched else None
+        if policy is None:
+            self._check_fits()
+        else:
+            trl_checks.align_reference(policy, model, self._reference_given)
+        disable_dropout(model)
+        check = policy is None or not trl_checks.computes_alike(model, policy)
+        softcap = logit_transform(model.config).softcap
+        workspace = self.args.head_workspace_mib
+        with trl_checks.probing(model):
             patch_model(
-                bare, outputs=("log_probs", "entropy", *(() if softcap else ("mean_logits",))),
-                impl=self.args.head_impl,
+                model, outputs=("log_probs", "entropy", *(() if softcap else ("mean_logits",))),
+                impl=self.args.head_impl, check=check,
                 workspace_bytes=None if workspace is None else workspace * 2**20,
             )  # fmt: skip
-            require_separate_segments(bare)
-            self._patched.add(id(model))
+            if check:
+                trl_checks.require_trainable(model)
+            if policy is None and self.args.estimate_alpha:
+                self._start_estimate()
+        self._patched.append(model)
+
+    def _start_estimate(self) -> None:
+        """The estimator and what it measures; before anything is scored, which may take hours."""
+        args, rows = self.args, self.train_dataset
+        trl_checks.check_units(args, args.per_device_train_batch_size, len(rows))  # type: ignore
+        self._alpha = AlphaEstimator(
+            ema_halflife=args.alpha_halflife, clip=(args.alpha_low, args.alpha_high),
+            warmup=args.alpha_warmup, initial=args.alpha,
+        )  # fmt: skip
+        mode: Any = args.stats_mode
+        cross: Any = args.stats_cross
+        self._stats = GradStats(
+            self.model, mode, cross=cross, strict=args.stats_strict, seed=args.seed,
+            sketch_size=args.sketch_size, head=self.model.get_output_embeddings(),
+        )  # fmt: skip
+        coverage = self._stats.coverage
+        if coverage.uncovered and mode != "norm":
+            warnings.warn(
+                f"stats_strict: a* is measured over {coverage.covered} of {coverage.trained} "
+                f"trained parameters ({100 * coverage.share:.3g} %), without "
+                f"{list(coverage.uncovered)}",
+                stacklevel=2,
+            )
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
@@ -238,10 +244,6 @@ class BVPOTrainer(DPOTrainer):
         dataset = trl_data.join(dataset, self._empty_datasets.pop(dataset_name, None))
         encode = RowEncoder(processing_class, args.empty_trace, dataset_name)
         return trl_data.prepare(dataset, encode, args.max_length, args.dataset_num_proc)
-
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        trl_data.check_fits(dataset, name, self.model)
-        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _check_fits(self) -> None:
         evals = (
@@ -258,14 +260,27 @@ class BVPOTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
         """Scores under the reference, chosen and rejected, [P, 2]: a column per kind."""
-        self._patch()
-        run = _PackedPass(model, inputs)
+        run = PackedPass(model, inputs, self.accelerator.autocast)
         chosen, rejected = [], []
         for kind in KINDS:
             scores = super().compute_ref_log_probs(functools.partial(run, kind), inputs[kind])
             chosen.append(scores[0])
             rejected.append(scores[1])
         return torch.stack(chosen, 1), torch.stack(rejected, 1)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL keeps scores by rows and weights; they also depend on how they were computed."""
+        trl_data.check_fits(dataset, name, self.model)
+        known, args = getattr(self, "_precompute_model_hash", None), self.args
+        how = (
+            self.accelerator.mixed_precision, self.model.config._attn_implementation,
+            args.head_impl, args.max_length, args.ld_alpha,
+        )  # fmt: skip
+        self._precompute_model_hash = Hasher.hash((known, how))
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = known
 
     def _with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` with the reference scores of both kinds, computed unless they are there."""
@@ -283,7 +298,7 @@ class BVPOTrainer(DPOTrainer):
         if return_outputs:
             raise ValueError("return_outputs: expected False, the fused head makes no logits")
         inputs = self._with_reference(inputs)
-        run, alpha = _PackedPass(model, inputs), self.alpha
+        run, alpha = PackedPass(model, inputs, self.accelerator.autocast), self.alpha
         losses = {
             kind: self._kind_loss(kind, functools.partial(run, kind), inputs[kind])
             for kind in KINDS
@@ -314,6 +329,13 @@ class BVPOTrainer(DPOTrainer):
         metrics[f"{kind}/loss"].append(self.accelerator.gather(loss.detach()).mean().item())
         return loss
 
+    def get_train_dataloader(self) -> Any:
+        """TRL's; `auto_find_batch_size` comes here again with a smaller batch."""
+        if self._stats is not None:
+            size = getattr(self, "_train_batch_size", self.args.per_device_train_batch_size)
+            trl_checks.check_units(self.args, size, len(self.train_dataset))  # type: ignore
+        return super().get_train_dataloader()
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; measured if alpha is estimated."""
         if self._stats is None:
@@ -329,8 +351,13 @@ class BVPOTrainer(DPOTrainer):
         pairs = len(names) * self.current_gradient_accumulation_steps
         weights = {TRACE: self.alpha, EMPTY: 1 - self.alpha}
         scale = {kind: weight / pairs for kind, weight in weights.items()}
-        with self._stats.collect(inputs["packed"], scale):
-            loss = super().training_step(model, inputs, *args, **kwargs)
+        try:
+            with self._stats.collect(inputs["packed"], scale):
+                loss = super().training_step(model, inputs, *args, **kwargs)
+        except BaseException:  # the step is given up, but another may be tried
+            self._stats.reset()
+            self._micro_batch = 0
+            raise
         self._micro_batch += 1
         if self.accelerator.sync_gradients:
             self._update_alpha()
@@ -341,25 +368,43 @@ class BVPOTrainer(DPOTrainer):
         assert self._stats is not None
         group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
         found, self._micro_batch = self._stats.result(group), 0
-        if found.num_units >= MIN_UNITS:  # the last step of an epoch may have one unit
+        if found.num_units >= MIN_UNITS and not self._repeats_rows():
             self._alpha.update(found)
         for name, value in self._alpha.log().items():
             self._metrics["train"][name].append(value)
 
+    def _repeats_rows(self) -> bool:
+        """Whether accelerate filled up the last batches of an epoch with rows of its start, so that
+        all ranks have as many: such rows are no units of their own."""
+        state = self.accelerator.gradient_state
+        several = self.accelerator.num_processes > 1
+        return several and state.end_of_dataloader and state.remainder > 0
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self._alpha is not None and self.args.should_save:
+        if self._alpha is not None and self._stats is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial))
             path = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / ALPHA_FILE
+            state = self._alpha.state_dict() | {_STATS: self._stats.state_dict()}
             part = path.with_suffix(".part")
-            part.write_text(json.dumps(self._alpha.state_dict()), encoding="utf-8")
+            part.write_text(json.dumps(state), encoding="utf-8")
             os.replace(part, path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._alpha is None:
+        if checkpoint is None or self._alpha is None or self._stats is None:
             return
         path = Path(checkpoint) / ALPHA_FILE
         if not path.exists():
             raise ValueError(f"resume_from_checkpoint: expected {ALPHA_FILE} in {checkpoint}")
-        self._alpha.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        state = json.loads(path.read_text(encoding="utf-8"))
+        stats = state.pop(_STATS, None)
+        self._alpha.load_state_dict(state)
+        if stats is not None:
+            self._stats.load_state_dict(stats)
+        elif self._stats.sketch_size:
+            warnings.warn(
+                f"resume_from_checkpoint: {path} is of a version that left out the step of the "
+                f"sketches; a* goes on with others than an uninterrupted run has",
+                stacklevel=2,
+            )
