@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bvpo_kernels.integrations.dropout import disable_dropout, dropout_fields
 from bvpo_kernels.integrations.lm_head import call_with_hooks, read_head
 from bvpo_kernels.integrations.transformers import logit_transform
 from bvpo_kernels.packing import pack
@@ -61,7 +62,7 @@ class FusedHeadLM(nn.Module):
         if head is None or not isinstance(getattr(head, "weight", None), Tensor):
             name = type(model).__name__
             raise ValueError(f"model: expected a linear LM head, got none in {name}")
-        _disable_dropout(model)
+        disable_dropout(model)
 
     @property
     def device(self) -> torch.device:
@@ -109,11 +110,11 @@ class FusedHeadLM(nn.Module):
 
     @torch.no_grad()
     def self_check(self) -> None:
-        """Compare a small pack with the model's own logits, each segment alone.
+        """Compare a small pack in training mode with the model's own logits, each segment alone.
 
-        One test for two silent failures: a head that this class does not know (extra projection,
-        unknown scaling), and a decoder that mixes segments (state-space layers, absolute positions,
-        an attention that ignores `position_ids`).
+        One test for three silent failures: a head that this class does not know (extra projection,
+        unknown scaling), a decoder that mixes segments (state-space layers, absolute positions, an
+        attention that ignores `position_ids`), and scores that are random in a step.
 
         Raises:
             ValueError: naming the model's class and the difference found.
@@ -123,7 +124,7 @@ class FusedHeadLM(nn.Module):
         half = self.model.config._attn_implementation in attention.HALF_ONLY
         with self._autocast() if half else nullcontext():
             half = half or self.hidden(batch).dtype not in (torch.float32, torch.float64)
-            packed_T = self._logprobs(batch)
+            packed_T = self._training_logprobs(batch)
             alone = []
             for start, end in pairwise(batch.cu_seqlens.tolist()):
                 tokens_1T = batch.tokens_T[None, start:end]
@@ -142,13 +143,37 @@ class FusedHeadLM(nn.Module):
                 f"is not linear in a known way, or its attention does not keep segments apart"
             )
 
+    def _training_logprobs(self, batch: PackedBatch) -> Tensor:
+        """`_logprobs` in the mode of a step; the model's own mode is put back.
 
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        Raises:
+            ValueError: naming the model's class, where they are random.
+        """
+        training = self.model.training
+        self.model.train()
+        try:
+            before = _generator_states(self.device)
+            first_T, second_T = self._logprobs(batch), self._logprobs(batch)
+            after = _generator_states(self.device)
+        finally:
+            self.model.train(training)
+        drew = not all(map(torch.equal, before, after))
+        apart = (first_T - second_T).abs().max().item()
+        # Kernels that add in no fixed order differ by rounding, and draw nothing.
+        if apart > (0.0 if drew else 0.5):
+            name, fields = type(self.model).__name__, dropout_fields(self.model.config)
+            raise ValueError(
+                f"model: two forwards of {name} in training mode differ by {apart:.3g} nats: it "
+                f"draws random numbers in a form of dropout that could not be switched off, and "
+                f"policy and reference must differ in their weights only; set what is random in "
+                f"its configuration to 0 (it has {fields or 'no field of dropout'})"
+            )
+        return first_T
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
 
 
 def _probe_batch(vocab: int) -> PackedBatch:
