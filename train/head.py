@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -16,9 +17,10 @@ from bvpo_kernels.integrations.transformers import logit_transform
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import IGNORE_INDEX, TRACE, PackedBatch, TokenPair, Unit
 from train import adapters, attention, loading, parallel
-from train.config import RunConfig
+from train.attention_choice import choose
+from train.config import ModelConfig, RunConfig
 from train.liger import apply_liger
-from train.models import load_model
+from train.models import attention_candidates, decoder_of, load_model, quiet
 from train.parallel import World
 
 
@@ -81,7 +83,7 @@ class FusedHeadLM(nn.Module):
         """What the LM head reads, [T, D]."""
         # attention_mask=None and use_cache=False: only then does transformers derive the
         # block-diagonal mask from position_ids; otherwise segments see each other, silently.
-        hidden_1TD = self.model.get_decoder()(
+        hidden_1TD = decoder_of(self.model)(
             input_ids=batch.tokens_T[None],
             position_ids=batch.position_ids_T[None],
             attention_mask=None,
@@ -107,6 +109,12 @@ class FusedHeadLM(nn.Module):
             impl=self.backend, max_scored=max_scored, **tail,
         )  # fmt: skip
         return logprobs_T
+
+    def choose_attention(self, names: Sequence[str]) -> str:
+        """`attention_choice.choose` among `names` for this model; why some were passed over."""
+        batch = _probe_batch(self.model.config.get_text_config().vocab_size).to(self.device)
+        model = adapters.base_model(self.model)
+        return choose(model, names, lambda: self.hidden(batch))
 
     @torch.no_grad()
     def self_check(self) -> None:
@@ -201,17 +209,34 @@ def build_policy(cfg: RunConfig, world: World | None = None) -> tuple[FusedHeadL
     if world is not None and world.mesh is not None:
         return _build_sharded(cfg, world)
     model, tokenizer = load_model(cfg.model, packed=True)
-    policy = _fuse(model, cfg, getattr(torch, cfg.model.compute_dtype), world or parallel.ALONE)
-    return policy if world is None else policy.to(world.device), tokenizer
+    liger = apply_liger(model, cfg.train.liger, (world or parallel.ALONE).device)
+    policy = _fuse(model, cfg, getattr(torch, cfg.model.compute_dtype))
+    if world is not None:
+        policy = policy.to(world.device)
+    _choose_attention(policy, cfg.model, liger, world or parallel.ALONE)
+    return policy, tokenizer
 
 
-def _fuse(
-    model: PreTrainedModel, cfg: RunConfig, compute_dtype: torch.dtype, world: World
-) -> FusedHeadLM:
-    liger = apply_liger(model, cfg.train.liger, world.device)
+def _choose_attention(policy: FusedHeadLM, cfg: ModelConfig, liger: bool, world: World) -> None:
+    """Set the attention that `model.attention` means for this model, and print what was chosen.
+
+    Raises:
+        ValueError: model.attention names one that does not serve the model.
+    """
+    with quiet():
+        reason = policy.choose_attention(attention_candidates(cfg, packed=True))
+    chosen = policy.model.config._attn_implementation
+    if reason and cfg.attention != attention.AUTO:
+        raise ValueError(
+            f"model.attention: {reason} of {type(adapters.base_model(policy.model)).__name__}; "
+            f"'auto' takes {chosen!r}"
+        )
     if world.is_main:
-        chosen = model.config._attn_implementation
-        print(f"attention: {chosen}; liger: {'on' if liger else 'off'}")
+        why = f" ({reason})" if reason else ""
+        print(f"attention: {chosen}{why}; liger: {'on' if liger else 'off'}")
+
+
+def _fuse(model: PreTrainedModel, cfg: RunConfig, compute_dtype: torch.dtype) -> FusedHeadLM:
     if cfg.adapter is not None:
         model = adapters.add_adapters(model, cfg.adapter, cfg.seed)
     return FusedHeadLM(
@@ -223,10 +248,12 @@ def _fuse(
 def _build_sharded(cfg: RunConfig, world: World) -> tuple[FusedHeadLM, Any]:
     model, tokenizer, weights = loading.empty_model(cfg.model)
     # FSDP2 casts the weights as it gathers them: nothing is left for autocast.
-    policy = _fuse(model, cfg, model.dtype, world)
+    liger = apply_liger(model, cfg.train.liger, world.device)
+    policy = _fuse(model, cfg, model.dtype)
     policy.run_device = world.device
     parallel.shard(policy, cfg.parallel, world, getattr(torch, cfg.model.compute_dtype))
     if weights is not None:
         home = torch.device("cpu") if cfg.parallel.cpu_offload else world.device
         loading.fill(model, weights, home)
+    _choose_attention(policy, cfg.model, liger, world)
     return policy, tokenizer

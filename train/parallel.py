@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from train.config import ParallelConfig
+from train.models import decoder_of
 
 SHARD, REPLICATE = "shard", "replicate"
 # Names of the norm before the LM head in transformers' decoders.
@@ -156,7 +157,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         ValueError: naming a model that has none.
     """
-    stacks = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
+    stacks = [m for m in decoder_of(model).children() if isinstance(m, nn.ModuleList)]
     if not stacks:
         raise ValueError(
             f"model: expected a decoder with a list of layers, got {type(model).__name__}"
@@ -185,7 +186,7 @@ def shard(policy: nn.Module, cfg: ParallelConfig, world: World, compute: torch.d
         "offload_policy": CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy(),
         "reshard_after_forward": cfg.reshard_after_forward,
     }
-    decoder, layers = model.get_decoder(), decoder_layers(model)
+    decoder, layers = decoder_of(model), decoder_layers(model)
     for layer in layers:
         fully_shard(layer, **options)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -198,8 +199,9 @@ def shard(policy: nn.Module, cfg: ParallelConfig, world: World, compute: torch.d
     # Freed after the forward, it would be gathered again at once: the backward begins with it.
     fully_shard(last, **{**options, "reshard_after_forward": False})
     fully_shard(policy, **options)
-    # Called instead of `forward`, it needs the hooks around that as well.
-    register_fsdp_forward_method(policy, "self_check")
+    # Called instead of `forward`, they need the hooks around that as well.
+    for name in ("choose_attention", "self_check"):
+        register_fsdp_forward_method(policy, name)
     for module in sharded_modules(policy):
         module.set_gradient_divide_factor(1.0)
         if world.device.type == "cpu":  # gloo divides by the number of ranks otherwise

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bvpo_kernels.types import Unit
+from train.models import decoder_of
 
 # Dense bf16, in TFLOP/s, by a part of the device's name; the first that fits. From the vendors'
 # data sheets, as torchtitan lists them.
@@ -32,7 +33,7 @@ class StepFlops:
 
     def __init__(self, model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()
-        linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+        linears = [m for m in decoder_of(model).modules() if isinstance(m, nn.Linear)]
         self.per_token = sum(map(_per_row, linears))
         self.per_scored = _per_row(head)
         config = model.config.get_text_config()
