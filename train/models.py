@@ -19,7 +19,7 @@ from train.attention import AUTO, BY_SEGMENT, FLASH, candidates
 from train.config import ModelConfig
 from train.damage import damaged_file
 from train.devices import with_compute_dtype
-from train.files import OF_THE_DISK
+from train.errors import OF_THE_DISK
 
 
 class Wheel(NamedTuple):
