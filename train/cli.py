@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import ArgumentParser, Namespace
 
 from train.config import ExportConfig, RunConfig
+from train.config_files import Parser, named_files
 from train.errors import is_users, one_line
 from train.estimation.config import EstimationConfig
 from train.evaluation.config import EvaluateConfig
@@ -56,15 +57,20 @@ DEBUG_VARIABLE = "BVPO_DEBUG"
 INTERRUPTED = 128 + signal.SIGINT
 
 
-def build_command_parser(name: str) -> ArgumentParser:
-    """The parser of one command: the fields of its configuration, all with defaults."""
-    parser = ArgumentParser(
+def build_command_parser(name: str, files: Sequence[str] = ()) -> ArgumentParser:
+    """The parser of one command: the fields of its configuration, all with defaults.
+
+    Args:
+        files: of `--config`, for errors that name a line.
+    """
+    parser = Parser(
         description=COMMANDS[name][1],
         # The generated usage, repeated with every error, is 80 lines.
         usage=f"python -m train {name} [--config FILE] [--print_config] [--OPTION VALUE ...]",
         # A misspelt option must not become another one.
         allow_abbrev=False,
     )
+    parser.config_files = files
     parser.add_argument("--config", action="config", help="a YAML file with these options")
     every_switch = {switch for switches in SWITCHES.values() for switch in switches}
     parser.add_class_arguments(CONFIGS.get(name, RunConfig), skip=every_switch)
@@ -74,17 +80,18 @@ def build_command_parser(name: str) -> ArgumentParser:
     return parser
 
 
-def build_parser() -> ArgumentParser:
+def build_parser(files: Sequence[str] = ()) -> ArgumentParser:
     """The parser of all commands."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="python -m train",
         description="BVPO: sample responses, rank them into pairs, train on the pairs.",
         epilog="--print_config without a command prints the options of sample, rank and train.",
         allow_abbrev=False,
     )
+    parser.config_files = files
     subcommands = parser.add_subcommands(dest="command")
     for name, (_, help_text) in COMMANDS.items():
-        subcommands.add_subcommand(name, build_command_parser(name), help=help_text)
+        subcommands.add_subcommand(name, build_command_parser(name, files), help=help_text)
     return parser
 
 
@@ -93,7 +100,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith("--print_config"):
         arguments = ["rank", *arguments]  # its options are those that most commands share
-    parser = build_parser()
+    parser = build_parser(named_files(arguments))
     parsed = parser.parse_args(arguments)
     kind = CONFIGS.get(parsed.command, RunConfig)
     wrong = wrong_value(kind, parsed[parsed.command])
@@ -105,7 +112,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     return values.command, kind(**vars(options))
 
 
-def wrong_value(kind: type, values: Any, prefix: str = "") -> str | None:
+def wrong_value(kind: Any, values: Any, prefix: str = "") -> str | None:
     """What the parser lets through: null for an option or a section that cannot be null."""
     for name, hint in get_type_hints(kind).items():
         if name not in values:  # a switch of another command

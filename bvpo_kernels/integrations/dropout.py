@@ -41,7 +41,8 @@ def disable_dropout(model: nn.Module) -> None:
             setattr(module, name, 0.0)
         config = getattr(module, "config", None)
         if hasattr(config, "__dict__"):
-            for name in _probabilities(vars(config)) & _read_from_config(type(module)):
+            kind: Any = type(module)
+            for name in _probabilities(vars(config)) & _read_from_config(kind):
                 setattr(config, name, 0.0)
 
 

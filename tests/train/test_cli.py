@@ -244,3 +244,35 @@ def test_ctrl_c_in_every_command(monkeypatch, capsys, command):
     monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
     with pytest.raises(KeyboardInterrupt):
         cli.main([command])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed: 1\noptim:\n  betas: [0.9, 0.9]\n  lr: abc\n", 4),
+        ("seed: 1\noptim:\n  lr: null\n", 3),
+        ("\n\ntrain: 5\n", 3),
+        ("# note\nmodel: {param_dtype: int8}\n", 2),
+        ("model:\n  nmae: x\n", 2),
+    ],
+)
+def test_an_option_of_a_file_is_named_with_its_line(capsys, tmp_path, text, line):
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("train: {epochs: 2.0}\n")
+    bad.write_text(text)
+    assert exit_code("train", f"--config={good}", "--config", str(bad)) == 2
+    error = capsys.readouterr().err
+    assert f"({bad}:{line})" in error
+    assert len(error.splitlines()) <= 6
+
+
+def test_an_option_of_the_command_line_has_no_line(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: 1\n")
+    assert exit_code("train", "--config", str(tmp_path / "c.yaml"), "--optim.lr", "x") == 2
+    assert "c.yaml" not in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_yaml_is_named(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("a: [1\n")
+    assert exit_code("train", "--config", str(tmp_path / "c.yaml")) == 2
+    assert "c.yaml" in capsys.readouterr().err
