@@ -2,6 +2,10 @@
 
 import sys
 
-from train.cli import main
+try:
+    from train.cli import main
 
-sys.exit(main())
+    code = main()
+except KeyboardInterrupt:  # before `main` could tell what is kept: while modules are imported
+    code = 130
+sys.exit(code)

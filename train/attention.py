@@ -32,15 +32,16 @@ SDPA = "sdpa"
 FLASH = "flash_attention_2"
 VARLEN = "torch_varlen"
 SEGMENTS = "sdpa_segments"
+PROBE = "bvpo_probe"  # of `attention_choice`; no "sdpa" or "flash", which transformers looks for
 HALF_ONLY = (FLASH, VARLEN)
-_BY_SEGMENT = (*HALF_ONLY, SEGMENTS)
+BY_SEGMENT = (*HALF_ONLY, SEGMENTS)
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def resolve_attention(
+def candidates(
     name: str, device: torch.device, compute_dtype: torch.dtype, *, packed: bool = True
-) -> str:
-    """The attention implementation of transformers that `model.attention` asks for.
+) -> tuple[str, ...]:
+    """The attention implementations of transformers that `model.attention` may mean, best first.
 
     Args:
         name: "auto", or a name that transformers knows; `VARLEN` and `SEGMENTS` are registered
@@ -50,28 +51,37 @@ def resolve_attention(
         packed: rows of several segments (training). Generation has padding and a cache, which
             torch's kernel and the loop are not given here: flash-attn or sdpa stand in.
 
+    Returns:
+        For "auto" those that this machine has, ending with sdpa, for which transformers takes
+        eager where a model has no sdpa; else one name.
+
     Raises:
         ValueError: model.attention names an implementation that this device, dtype or torch lacks.
     """
     half = device.type == "cuda" and compute_dtype in _HALF
     flash = half and is_flash_attn_2_available()
     varlen = half and _torch_varlen_serves(device)
-    if name == AUTO and not packed:
-        return FLASH if flash else SDPA
-    if name == AUTO:
-        # Elsewhere the loop would make the host wait for the lengths in every layer.
-        last = SEGMENTS if device.type == "cpu" else SDPA
-        return FLASH if flash else VARLEN if varlen else last
-    if name == SEGMENTS:
-        return SEGMENTS if packed else SDPA
-    if name != VARLEN:
-        return name
-    if not varlen:
+    if name == VARLEN and not varlen:
         raise ValueError(
             f"model.attention: {VARLEN!r} expects bfloat16 or float16 on a CUDA device of compute "
             f"capability 8.0 or newer, got {compute_dtype} on {device}"
         )
-    return VARLEN if packed else FLASH if flash else SDPA
+    # Elsewhere the loop would make the host wait for the lengths in every layer.
+    loop = device.type == "cpu"
+    serves = {FLASH: flash, VARLEN: varlen and packed, SEGMENTS: loop and packed, SDPA: True}
+    found = tuple(known for known, present in serves.items() if present)
+    if name == AUTO:
+        return found
+    if name in (VARLEN, SEGMENTS) and not packed:
+        return found[:1] if name == VARLEN else (SDPA,)
+    return (name,)
+
+
+def resolve_attention(
+    name: str, device: torch.device, compute_dtype: torch.dtype, *, packed: bool = True
+) -> str:
+    """The first of `candidates`."""
+    return candidates(name, device, compute_dtype, packed=packed)[0]
 
 
 def _torch_varlen_serves(device: torch.device) -> bool:
@@ -91,7 +101,7 @@ def segment_options(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any
     With it flash-attn need not find the segments from the positions again in every layer, which
     makes the host wait for the device.
     """
-    if model.config._attn_implementation not in _BY_SEGMENT:
+    if model.config._attn_implementation not in (*BY_SEGMENT, PROBE):
         return {}
     lengths = (batch.cu_seqlens, batch.max_seqlen)
     names = ("cu_seq_lens_q", "max_length_q", "cu_seq_lens_k", "max_length_k")
@@ -122,7 +132,7 @@ def varlen_attention(
             cache, attention that is not causal, half precision without autocast.
     """
     batch, heads, tokens, _ = query_BHTD.shape
-    _refuse(VARLEN, module, options, dropout, key_BGTD.shape[2] == tokens)
+    _refuse(VARLEN, module, options, attention_mask, dropout, key_BGTD.shape[2] == tokens)
     if cu_seq_lens_q is None or max_length_q is None:
         ends = torch.arange(batch + 1, dtype=torch.int32, device=query_BHTD.device)
         cu_seq_lens_q, max_length_q = ends * tokens, tokens
@@ -166,7 +176,7 @@ def segments_attention(
         ValueError: for what sdpa would leave out in silence, as in `varlen_attention`.
     """
     batch, heads, tokens, _ = query_BHTD.shape
-    _refuse(SEGMENTS, module, options, dropout, key_BGTD.shape[2] == tokens)
+    _refuse(SEGMENTS, module, options, attention_mask, dropout, key_BGTD.shape[2] == tokens)
     lengths = [tokens] * batch if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
     # Of each tensor one split, whose backward is one concatenation. Key heads are repeated: sdpa's
     # fused CPU kernel takes as many as there are query heads.
@@ -195,21 +205,34 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
     return (distance_LL >= 0) & (distance_LL < window)
 
 
-def _refuse(
-    name: str, module: nn.Module, options: dict[str, Any], dropout: float, whole: bool
-) -> None:
+def unserved(
+    module: nn.Module, options: dict[str, Any], attention_mask: Tensor | None, *, whole: bool
+) -> list[str]:
+    """What a layer asks of its attention that neither kernel nor loop computes, in words."""
     causal = options.get("is_causal")
     wrong = {
-        "softcap": options.get("softcap") is not None,
+        "a softcap": options.get("softcap") is not None,
         "attention sinks": options.get("s_aux") is not None,
         "a position bias": options.get("position_bias") is not None,
-        "dropout": dropout > 0,
+        "a mask of its own": attention_mask is not None,
         "a cache": not whole,
         "attention that is not causal": not (
             getattr(module, "is_causal", True) if causal is None else causal
         ),
     }
-    found = [name for name, present in wrong.items() if present]
+    return [name for name, present in wrong.items() if present]
+
+
+def _refuse(
+    name: str,
+    module: nn.Module,
+    options: dict[str, Any],
+    attention_mask: Tensor | None,
+    dropout: float,
+    whole: bool,
+) -> None:
+    found = unserved(module, options, attention_mask, whole=whole)
+    found += ["dropout"] if dropout > 0 else []
     if found:
         raise ValueError(
             f"model.attention: {name!r} does not serve {', '.join(found)} of "

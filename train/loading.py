@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from train.adapters import base_name, is_adapter
 from train.config import ModelConfig
-from train.models import attention_of, load_model, load_tokenizer, readable_errors, resolve
+from train.models import initial_attention, load_model, load_tokenizer, readable_errors, resolve
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -45,7 +45,8 @@ class Weights:
             def take(name: str) -> Any:
                 path = self.files[name]
                 if path not in handles:
-                    handles[path] = safe_open(path, framework="pt").__enter__()
+                    with readable_errors("model.name", self.folder):
+                        handles[path] = safe_open(path, framework="pt").__enter__()
                 return handles[path].get_slice(name)
 
             yield take
@@ -85,14 +86,15 @@ def empty_model(cfg: ModelConfig) -> tuple[PreTrainedModel, Any, Weights | None]
         return *load_model(cfg, packed=True), None
     from accelerate import init_empty_weights
 
-    with readable_errors("model.name", cfg.name):
+    attention = initial_attention(cfg, packed=True)
+    with readable_errors("model.name", cfg.name, attention=attention):
         options = {"trust_remote_code": cfg.trust_remote_code}
         config = AutoConfig.from_pretrained(path, **options)
         # Buffers stay: rotary tables are computed, not loaded.
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, cfg.param_dtype),
-                attn_implementation=attention_of(cfg, packed=True), **options,
+                attn_implementation=attention, **options,
             )  # fmt: skip
     model.tie_weights()
     if (Path(path) / "generation_config.json").is_file():

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,11 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from train.attention import resolve_attention
+from train.attention import AUTO, BY_SEGMENT, FLASH, candidates
 from train.config import ModelConfig
+from train.damage import damaged_file
 from train.devices import with_compute_dtype
+from train.errors import OF_THE_DISK
 
 
 class Wheel(NamedTuple):
@@ -57,7 +59,7 @@ def resolve(cfg: ModelConfig) -> tuple[str, str | None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No advice and no progress bars from transformers while weights load; errors still raise.
 
     Its warning of weights that are missing goes too: `load_model` raises for those.
@@ -77,17 +79,56 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def readable_errors(argument: str, name: str) -> Iterator[None]:
-    """Turn the pages that `from_pretrained` raises into one line that names the argument."""
+def readable_errors(
+    argument: str,
+    name: str,
+    *,
+    folder: str | None = None,
+    file: str | None = None,
+    attention: str | None = None,
+) -> Iterator[None]:
+    """Turn the pages that `from_pretrained` raises into one line that names the argument.
+
+    Any error: what is loaded is somebody else's files and code. A disk or permission that fails
+    stays as it is, and memory that runs out.
+
+    Args:
+        name: the folder or hub id that `argument` has.
+        folder: what `name` means, where that is not itself (a model of a wheel).
+        file: the one file of it that is read (GGUF).
+        attention: what model.attention has, where it is passed on.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ImportError: a package is missing.
+        ValueError: for everything else; a file that is damaged is named.
+    """
     try:
-        with _quiet():
+        with quiet():
             yield
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if attention is not None and "attn_implementation" in str(error):
+            raise ValueError(
+                f"model.attention: expected one that transformers has for this model ('auto' takes "
+                f"it), got {attention!r}: {reason}"
+            ) from error
+        damage = damaged_file(folder or name, file)
+        if damage is not None:
+            raise ValueError(
+                f"{argument}: expected whole files, got {name!r}, where {damage}"
+            ) from error
+        if isinstance(error, OSError):
+            kind: type[Exception] = FileNotFoundError
+        else:
+            kind = ImportError if isinstance(error, ImportError) else ValueError
         raise kind(
             f"{argument}: expected a folder or hub id that transformers can load, got {name!r}: "
-            f"{reason[:300]}"
+            f"{reason}"
         ) from error
 
 
@@ -98,7 +139,7 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
         FileNotFoundError, ValueError: if it cannot be loaded; the message names model.name.
     """
     path, gguf_file = resolve(cfg)
-    with readable_errors("model.name", cfg.name):
+    with readable_errors("model.name", cfg.name, folder=path, file=gguf_file):
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=cfg.trust_remote_code, **_gguf_options(gguf_file)
         )
@@ -108,11 +149,31 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     return tokenizer
 
 
-def attention_of(cfg: ModelConfig, packed: bool) -> str:
-    """The attention implementation that `cfg.attention` means on this machine."""
+def attention_candidates(cfg: ModelConfig, packed: bool) -> tuple[str, ...]:
+    """What `cfg.attention` may mean on this machine, best first; see `attention.candidates`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, with_compute_dtype(cfg).compute_dtype)
-    return resolve_attention(cfg.attention, device, dtype, packed=packed)
+    return candidates(cfg.attention, device, dtype, packed=packed)
+
+
+def attention_of(cfg: ModelConfig, packed: bool) -> str:
+    """The first of `attention_candidates`."""
+    return attention_candidates(cfg, packed)[0]
+
+
+def initial_attention(cfg: ModelConfig, packed: bool) -> str | None:
+    """The attention to build a model with; None: transformers' own choice, sdpa or else eager.
+
+    One that reads segments is set when the model is there (`attention_choice.choose`).
+    """
+    name = attention_of(cfg, packed)
+    return name if name == cfg.attention and not (packed and name in BY_SEGMENT) else None
+
+
+def _use_flash(model: PreTrainedModel) -> None:
+    """Where a model has no flash-attn, it keeps what it has."""
+    with quiet(), suppress(ValueError, ImportError):
+        model.set_attn_implementation(FLASH)
 
 
 def load_model(cfg: ModelConfig, *, packed: bool = False) -> tuple[PreTrainedModel, Any]:
@@ -121,7 +182,7 @@ def load_model(cfg: ModelConfig, *, packed: bool = False) -> tuple[PreTrainedMod
     GGUF weights are unpacked into ordinary Linear layers: packed ones cannot be trained.
 
     Args:
-        packed: for rows of several segments, not for generation; see `resolve_attention`.
+        packed: for rows of several segments, not for generation; see `initial_attention`.
 
     Raises:
         FileNotFoundError, ValueError: if it cannot be loaded, lacks an LM head, or its checkpoint
@@ -131,11 +192,12 @@ def load_model(cfg: ModelConfig, *, packed: bool = False) -> tuple[PreTrainedMod
     options: dict[str, Any] = _gguf_options(gguf_file)
     if gguf_file is not None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with readable_errors("model.name", cfg.name):
+    attention = initial_attention(cfg, packed)
+    with readable_errors("model.name", cfg.name, folder=path, file=gguf_file, attention=attention):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, cfg.param_dtype),
-            attn_implementation=attention_of(cfg, packed),
+            attn_implementation=attention,
             trust_remote_code=cfg.trust_remote_code,
             output_loading_info=True,
             **options,
@@ -152,6 +214,8 @@ def load_model(cfg: ModelConfig, *, packed: bool = False) -> tuple[PreTrainedMod
             f"model.name: expected a complete checkpoint of {type(model).__name__}, got "
             f"{cfg.name!r} without {len(missing)} weights: {missing[:3]}"
         )
+    if cfg.attention == AUTO and not packed and attention_of(cfg, packed) == FLASH:
+        _use_flash(model)
     return model.eval(), load_tokenizer(cfg)
 
 

@@ -199,8 +199,9 @@ def shard(policy: nn.Module, cfg: ParallelConfig, world: World, compute: torch.d
     # Freed after the forward, it would be gathered again at once: the backward begins with it.
     fully_shard(last, **{**options, "reshard_after_forward": False})
     fully_shard(policy, **options)
-    # Called instead of `forward`, it needs the hooks around that as well.
-    register_fsdp_forward_method(policy, "self_check")
+    # Called instead of `forward`, they need the hooks around that as well.
+    for name in ("choose_attention", "self_check"):
+        register_fsdp_forward_method(policy, name)
     for module in sharded_modules(policy):
         module.set_gradient_divide_factor(1.0)
         if world.device.type == "cpu":  # gloo divides by the number of ranks otherwise

@@ -25,8 +25,9 @@ TABLE_METRICS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/marg
 class RunLog:
     """`log.jsonl` (a line per step and per evaluation) and TensorBoard events, as they come.
 
-    A line has `event` ("train" or "eval"), `step` (optimizer steps done), `time` (seconds since the
-    process began) and metrics. A new run in the same folder replaces the old log; one that goes on
+    A line has `event` ("train" or "eval"), `step` (optimizer steps done), `time` (seconds of
+    running until then; a run that goes on counts on from its last line) and metrics: the manual has
+    a table of all. A new run in the same folder replaces the old log; one that goes on
     after `step` steps keeps what was written up to there. Where it is not `active`, nothing is
     written: one rank of several keeps the log.
     """
@@ -39,13 +40,12 @@ class RunLog:
             return self
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "log.jsonl"
-        if self.step > 0 and path.exists():
-            _cut_log(path, self.step)
+        spent = _cut_log(path, self.step) if self.step > 0 and path.exists() else 0.0
         self.file: IO[str] = open(path, "a" if self.step > 0 else "w", encoding="utf-8")
         # Hides the events of an earlier run in this folder, all or from there on.
         purge_step = self.step + 1 if self.step > 0 else 0
         self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
-        self.start = time.perf_counter()
+        self.start = time.perf_counter() - spent
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,13 +64,15 @@ class RunLog:
             self.board.add_scalar(f"{event}/{name}", value, step)
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Keep the lines up to a step; what a kill left of a line goes."""
-    kept = []
+def _cut_log(path: Path, step: int) -> float:
+    """Keep the lines up to a step; what a kill left of a line goes. Returns the last one's time."""
+    kept, spent = [], 0.0
     for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if text.endswith("\n") and json.loads(text)["step"] <= step:
+        if text.endswith("\n") and (line := json.loads(text))["step"] <= step:
             kept.append(text)
+            spent = max(spent, line.get("time", 0.0))
     replace_file(path, lambda name: name.write_text("".join(kept), encoding="utf-8"))
+    return spent
 
 
 def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -214,7 +216,7 @@ _ESTIMATE_PANELS = (
 )
 
 
-def figure_of(events: dict[str, list[dict[str, Any]]]) -> Figure:
+def figure_of(events: dict[str, list[dict[str, Any]]], title: str = "") -> Figure:
     """Six panels over the optimizer steps; eight where the mixing weight was estimated."""
     panels = _PANELS
     if any("mse_2" in line for line in events["train"]):
@@ -222,6 +224,8 @@ def figure_of(events: dict[str, list[dict[str, Any]]]) -> Figure:
     figure = Figure(figsize=(14 * len(panels) / 6, 7.6), dpi=110)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10, color="0.35", parse_math=False)
     grid = figure.subplots(2, len(panels) // 2).flatten()
     for axes, (title, unit, fill) in zip(grid, panels, strict=True):
         _panel(axes, title, unit)
@@ -230,8 +234,9 @@ def figure_of(events: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def draw(log_path: Path, image_path: Path) -> None:
-    """Draw a run's log as a PNG."""
-    figure = figure_of(read_log(log_path))
+    """Draw a run's log as a PNG, under the name of the run: the end of its folder's path."""
+    name = "/".join(log_path.absolute().parts[1:-1][-3:])
+    figure = figure_of(read_log(log_path), name)
     replace_file(image_path, lambda path: figure.savefig(path, format="png"))
 
 

@@ -93,7 +93,9 @@ def text_decoder(model: Any) -> nn.Module:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = base.get_decoder()
-    return backbone(base) if found is base else found
+    # Some say otherwise: Llama 4's text model returns itself, ModernBERT's decoder a linear layer.
+    served = isinstance(found, PreTrainedModel) and found is not base
+    return found if served else backbone(base)
 
 
 class _Probe:

@@ -1,8 +1,10 @@
+import errno
 import subprocess
 import sys
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 from train import cli
 from train.config import ExampleConfig, RunConfig
@@ -149,3 +151,128 @@ def test_presets_parse(name):
     command, cfg = cli.parse(["train", "--config", f"train/presets/{name}.yaml"])
     assert command == "train"
     assert cfg != RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: null", "model: expected the options of a section, got None"),
+        ("train: 5", "train: expected the options of a section, got 5"),
+        ("optim: {lr: null}", "optim.lr: expected float, got null"),
+        ("model: {name: null}", "model.name: expected str, got null"),
+        ("prompts: {tasks: null}", "prompts.tasks: expected dict"),
+        ("sample: {examples: null}", "sample.examples: expected list"),
+        ("rank: {judge: null}", "rank.judge"),
+        ("reference: null", "reference"),
+    ],
+)
+def test_null_and_values_in_place_of_sections(capsys, tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text + "\n")
+    assert exit_code("train", "--config", str(tmp_path / "c.yaml")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_null_where_it_means_something(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: {max_steps: null}\nalpha: {estimate: null}\n")
+    assert cli.parse(["train", "--config", str(tmp_path / "c.yaml")])[1] == RunConfig()
+
+
+def fails_with(monkeypatch, error):
+    def fail(cfg):
+        raise error
+
+    module = type("Module", (), {"run": staticmethod(fail)})
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FULL, "run_dir: RUNS: the disk is full"),
+        (OSError(errno.ENOSPC, "No space", "RUNS/log.jsonl"), "run_dir: RUNS/log.jsonl: the disk"),
+        (OSError(errno.EROFS, "Read-only file system", "RUNS"), "run_dir: RUNS: the file sy"),
+        (PermissionError(errno.EACCES, "Permission denied", "MODEL/x"), "model.name: MODEL/x: no"),
+        (PermissionError(errno.EACCES, "Permission denied", "/else"), "train: error: /else: no p"),
+        (FileExistsError(errno.EEXIST, "File exists", "RUNS"), "run_dir: RUNS: File exists"),
+        (OSError(errno.EXDEV, "Cross-device", "RUNS/a", None, "OUT"), "rank.output: OUT: Cross"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "run_dir: RUNS: the"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "run_dir: RUNS: a fi"),
+        (ImportError("adapter: expected peft to be installed"), "adapter: expected peft"),
+        (FloatingPointError("step 3: loss nan"), "step 3: loss nan"),
+        (OSError("page one\n page two"), "train: error: page one page two ("),
+        (MemoryError(), "train: error: MemoryError"),
+    ],
+)  # fmt: skip
+def test_errors_of_disk_and_packages(monkeypatch, capsys, tmp_path, error, message):
+    """One line with the file and the option whose value led there."""
+    names = {"RUNS": tmp_path / "runs", "MODEL": tmp_path / "model", "OUT": tmp_path / "out.jsonl"}
+
+    def placed(text):
+        for name, path in names.items():
+            text = text.replace(name, str(path)) if isinstance(text, str) else text
+        return text
+
+    if isinstance(error, OSError) and error.errno is not None:
+        second = (None, placed(error.filename2)) if error.filename2 else ()
+        error = type(error)(error.errno, error.strerror, placed(error.filename), *second)
+    fails_with(monkeypatch, error)
+    options = [
+        f"--run_dir={names['RUNS']}", f"--model.name={names['MODEL']}",
+        f"--rank.output={names['OUT']}", "--model.compute_dtype=float32",
+    ]  # fmt: skip
+    assert cli.main(["train", *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert placed(message) in lines[0]
+    assert lines[0].endswith("(BVPO_DEBUG=1 shows where)")
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    with pytest.raises(type(error)):
+        cli.main(["train", *options])
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_ctrl_c_in_every_command(monkeypatch, capsys, command):
+    fails_with(monkeypatch, KeyboardInterrupt())
+    assert cli.main([command]) == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"{command}: interrupted; ")
+    assert len(line.split("; ")[1]) > 20
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    with pytest.raises(KeyboardInterrupt):
+        cli.main([command])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed: 1\noptim:\n  betas: [0.9, 0.9]\n  lr: abc\n", 4),
+        ("seed: 1\noptim:\n  lr: null\n", 3),
+        ("\n\ntrain: 5\n", 3),
+        ("# note\nmodel: {param_dtype: int8}\n", 2),
+        ("model:\n  nmae: x\n", 2),
+    ],
+)
+def test_an_option_of_a_file_is_named_with_its_line(capsys, tmp_path, text, line):
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("train: {epochs: 2.0}\n")
+    bad.write_text(text)
+    assert exit_code("train", f"--config={good}", "--config", str(bad)) == 2
+    error = capsys.readouterr().err
+    assert f"({bad}:{line})" in error
+    assert len(error.splitlines()) <= 6
+
+
+def test_an_option_of_the_command_line_has_no_line(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: 1\n")
+    assert exit_code("train", "--config", str(tmp_path / "c.yaml"), "--optim.lr", "x") == 2
+    assert "c.yaml" not in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_yaml_is_named(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("a: [1\n")
+    assert exit_code("train", "--config", str(tmp_path / "c.yaml")) == 2
+    assert "c.yaml" in capsys.readouterr().err

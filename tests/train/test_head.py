@@ -1,5 +1,7 @@
 """The fused head on packed rows against each segment alone through the model's own logits."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_runs import SIZES, VOCAB, make_units, naive_score, tiny_model
@@ -7,6 +9,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GPTBigCodeConfig,
     GraniteConfig,
     HyperCLOVAXConfig,
     Llama4TextConfig,
@@ -14,7 +17,9 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     PhiConfig,
+    PhimoeConfig,
     Qwen3Config,
+    Starcoder2Config,
 )
 
 from bvpo_kernels.packing import pack, segment_sum
@@ -150,6 +155,61 @@ def test_dropout_is_disabled():
     model = tiny_model(GPT2Config, n_embd=32, n_head=4, n_layer=2, n_positions=64)
     policy, units = FusedHeadLM(model).train(), make_units(2)
     assert torch.equal(fused_scores(policy, units), fused_scores(policy, units))
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options"),
+    [
+        (Starcoder2Config, {"residual_dropout": 0.3, "embedding_dropout": 0.3}),
+        (GPTBigCodeConfig, {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}),
+    ],
+)
+def test_functional_dropout_is_disabled(config_class, options):
+    """A step's scores are those of the mode in which the reference is scored."""
+    model = tiny_model(config_class, **options).eval()
+    policy, units = FusedHeadLM(model), make_units(2)
+    policy.self_check()
+    assert not model.training
+    expected_S = fused_scores(policy, units)
+    assert torch.equal(fused_scores(policy.train(), units), expected_S)
+
+
+def test_self_check_refuses_what_is_random_in_training_only():
+    model = tiny_model().eval()
+    policy = FusedHeadLM(model)
+
+    def noise(module, inputs, output):
+        return torch.nn.functional.dropout(output, 1e-3, training=module.training)
+
+    model.model.layers[1].mlp.register_forward_hook(noise)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM in training .* random .* dropout"):
+        policy.self_check()
+    assert not model.training
+
+
+def test_self_check_refuses_randomness_of_another_generator():
+    """Layers that are left out at random, drawn by Python's generator."""
+    policy, draws = FusedHeadLM(tiny_model()), itertools.count()
+
+    def skip(module, inputs, output):
+        return output if next(draws) % 2 else torch.zeros_like(output)
+
+    policy.model.model.layers[1].mlp.register_forward_hook(skip)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        policy.self_check()
+
+
+def test_self_check_serves_a_draw_without_effect():
+    policy = FusedHeadLM(tiny_model())
+    policy.model.model.norm.register_forward_hook(lambda *_: torch.rand([]) and None)
+    policy.self_check()
+
+
+def test_self_check_names_sampled_experts():
+    """PhiMoE draws which experts are used, in training mode."""
+    model = tiny_model(PhimoeConfig, num_local_experts=4, attention="eager")
+    with pytest.raises(ValueError, match="PhimoeForCausalLM in training mode"):
+        FusedHeadLM(model).self_check()
 
 
 def test_self_check_refuses_an_unknown_head_scale():

@@ -17,14 +17,15 @@ Benchmark = Literal[
 class EvaluateConfig:
     """Options of `evaluate`; a rerun in the same folder goes on where the last one stopped.
 
-    benchmark: what is asked and what is written or judged. data: a JSON list, a JSONL file or a
-    Hugging Face dataset with the questions; None: the dataset that the benchmark is known by.
-    split, subset: of a dataset. tasks: of reasoning-gym, name -> options. limit: questions at most.
-    modes: with a trace ("thinking"), with an empty one ("no_thinking"), or both.
-    engine: "auto" is vllm where it is installed and sees a GPU, else transformers.
-    samples: responses per question, k of avg@k and pass@k. temperature 0: the likeliest token.
-    batch: questions of one call of the engine. instruction: appended to every question of a math
-    set. generator: the model's name in answer files; None: the last part of `model.name`.
+    run_dir: the folder of responses and results. seed: of sampling. benchmark: what is asked and
+    what is written or judged. data: a JSON list, a JSONL file or a Hugging Face dataset with the
+    questions; None: the dataset that the benchmark is known by. split, subset: of a dataset. tasks:
+    of reasoning-gym, name -> options. limit: questions at most. modes: with a trace ("thinking"),
+    with an empty one ("no_thinking"), or both. engine: "auto" is vllm where it is installed and
+    sees a GPU, else transformers. samples: responses per question, k of avg@k and pass@k.
+    temperature: 0 takes the likeliest token. top_p, max_new_tokens: of sampling. batch: questions
+    of one call of the engine. instruction: appended to every question of a math set. generator: the
+    model's name in answer files; None: the last part of `model.name`.
     """
 
     run_dir: str = "runs/evaluate"

@@ -47,14 +47,17 @@ class StudyConfig:
 
     out: folder of results, one file per seed and arm: a rerun goes on where the last one stopped.
     report: folder of the report; None: `out`. quick: replace the sizes by small ones.
-    hidden .. kv_heads: the transformer (Qwen3). sft_*: the supervised training that makes it a
-    reasoning model. samples: responses per prompt and mode that are ranked; proposals: further
-    traces per prompt, for the marginal and for K > 1. temperature: of all sampling.
-    units, steps, units_per_step, lr, beta: of each arm; halflife, warmup: of the estimate of a*.
-    measure_every: steps between measurements of the marginal in its arm. pool, pool_traces: units
-    and traces per response of the brute-force curve; checkpoints: after how many steps it is taken
-    (0 is the start). eval_prompts: test prompts per mode. probe_units, probe_every: held-out units,
-    and steps between their losses. threads: of torch.
+    seeds: a run of all arms each. arms: their names.
+    hidden, intermediate, layers, heads, kv_heads: of the transformer (Qwen3).
+    sft_steps, sft_batch, sft_direct, sft_lr: of the supervised training that makes it a reasoning
+    model, on `sft_batch` examples with a trace and `sft_direct` without per step. samples:
+    responses per prompt and mode that are ranked; proposals: further traces per prompt, for the
+    marginal and for K > 1. temperature: of all sampling. units, steps, units_per_step, lr, beta: of
+    each arm; halflife, warmup: of the estimate of a*. measure_every: steps between measurements of
+    the marginal in its arm. pool, pool_traces: units and traces per response of the brute-force
+    curve; checkpoints: after how many steps it is taken (0 is the start). eval_prompts: test
+    prompts per mode. probe_units, probe_every: held-out units, and steps between their losses.
+    threads: of torch.
     """
 
     out: str = "runs/study"
