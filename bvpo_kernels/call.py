@@ -6,6 +6,7 @@ Operators take tensors and numbers one by one: their schemas are made of the str
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -134,6 +135,11 @@ PLAN = (
     "Tensor ranges, Tensor kinds, Tensor seed, Tensor scored, int num_layers, bool exact, "
     "int sketch, int num_kinds, int layer"
 )
+
+
+def inputs_of(tensors: Iterable[Any]) -> Inputs:
+    """`Inputs` of six tensors or None."""
+    return Inputs(*tensors)
 
 
 def cut(args: tuple, *types: type) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Bits of some seventy calls of the LM head: what a change that only moves code must leave alone.
+"""Bits of over a hundred calls of the LM head: what a change that only moves code must leave alone.
 
     python tests/head_digests.py record    # before the change: tests/head_digests.json
     python tests/head_digests.py compare   # after it; exits 1 and names the calls that differ
@@ -153,8 +153,11 @@ def calls():
             for need in NEEDS:
                 for option in OPTIONS:
                     thin = dtype != f32 and option in ("bias", "entropy", "sparse cap")
-                    pointless = option.startswith("sparse") and need == "scores"
-                    if not thin and not pointless:
+                    # `eager` is exact whatever the tolerance.
+                    sparse = option.startswith("sparse")
+                    pointless = sparse and (need == "scores" or impl == "eager")
+                    slow = impl == "triton" and option in ("bias", "entropy", "bound")
+                    if not thin and not pointless and not slow:
                         add(dense, impl, dtype, need, option)
     for dtype in (f32, bf16):
         for need in ("frozen", "trained"):

@@ -230,8 +230,9 @@ class TrainConfig:
 
     pairs: the file to train on; None: what `rank` wrote. check_tokenizer: refuse pairs whose
     sidecar records another tokenizer than the model's.
-    units_per_step: prompts per optimizer step (the batch). tokens_per_micro_batch: the packer's budget. epochs: passes over the units. max_steps: where
-    given, replaces `epochs`. holdout: share of the units kept for evaluation.
+    units_per_step: prompts per optimizer step (the batch). tokens_per_micro_batch: the packer's
+    budget. epochs: passes over the units. max_steps: where given, replaces `epochs`.
+    holdout: share of the units kept for evaluation.
     checkpoint_layers: n recomputes every n-th decoder layer in the backward (1: all of them)
     instead of keeping its activations, null keeps all. eval_every: steps between evaluations; null:
     before the first and after the last. head_backend: `impl` of `linear_logprobs`.

@@ -75,6 +75,9 @@ class Engine(Protocol):
     def put_back(self, values_R: Tensor) -> Tensor:
         """Values in the call's order, 0 where nothing is scored."""
 
+    def groups(self, ranges_G2: Tensor, scored_G: Tensor) -> list[slice]:
+        """Compacted rows of ranges of tokens, of which so many are scored."""
+
     def new_state(self, tokens: slice) -> Tensor: ...
 
     def fused(self, tokens: slice) -> Tensor | None:

@@ -77,7 +77,7 @@ class GroupVisitor(schedule.Visitor):
             self.left_Tk[tokens] += mm(dz, self.left_Vk[columns].to(dz.dtype))
 
     def store(self, columns: slice, dweight_GCE: Tensor | None, dbias_GC: Tensor | None) -> None:
-        if self.dbias_GV is not None:
+        if self.dbias_GV is not None and dbias_GC is not None:
             self.dbias_GV[:, columns] = dbias_GC
         if dweight_GCE is None or self.dweight_VD is None:
             return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bvpo_kernels.backends import sparse
-from bvpo_kernels.call import Call, Inputs
+from bvpo_kernels.call import Call, Inputs, inputs_of
 
 # Elements of the weight whose row norms are formed at a time.
 NORM_CHUNK = 1 << 24
@@ -70,7 +70,7 @@ def record(
     if _log is None or not logprobs_T.requires_grad:
         return
     log = _log
-    given = Inputs(*(None if tensor is None else tensor.detach() for tensor in inputs))
+    given = inputs_of(None if tensor is None else tensor.detach() for tensor in inputs)
 
     def note(dlogprobs_T: Tensor) -> None:
         log.append(certify(dlogprobs_T.detach(), given, call, tail_T, num_entries))

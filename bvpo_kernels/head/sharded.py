@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from bvpo_kernels import checks, ops
 from bvpo_kernels.backends.schedule import no_lists, p_log_p
-from bvpo_kernels.call import Call, Inputs
+from bvpo_kernels.call import Call, Inputs, inputs_of
 from bvpo_kernels.ops.derivatives import once
 from bvpo_kernels.types import IGNORE_INDEX
 
@@ -50,10 +50,10 @@ def is_replicated(weight: Any) -> bool:
 def unwrap(inputs: Inputs) -> Inputs:
     """The call on plain tensors where every rank holds the whole weight."""
     names = ("hidden", "weight", "target", "bias", "lora[0]", "lora[1]")
-    return Inputs(*(
+    return inputs_of(
         tensor if tensor is None else _replicated(name, tensor)
         for name, tensor in zip(names, inputs, strict=True)
-    ))  # fmt: skip
+    )
 
 
 def _shard(weight: Any, ignore_index: int) -> _Shard:
@@ -162,7 +162,7 @@ class _VocabParallel(torch.autograd.Function):
     def forward(
         ctx: Any, shard: _Shard, call: Call, whole_bias: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        inputs = Inputs(*tensors)
+        inputs = inputs_of(tensors)
         target = inputs.target_T
         scored_T = target != shard.ignore_index
         owned_T = scored_T & (target >= shard.start) & (target < shard.stop)
@@ -234,7 +234,8 @@ def linear_logprobs(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: for other placements, or targets that differ between ranks.
     """
-    hidden, weight, target, bias = inputs[:4]
+    hidden, target, bias = inputs.hidden_TD, inputs.target_T, inputs.bias_V
+    weight: Any = inputs.weight_VD
     if inputs.lora_b_VR is not None:
         raise ValueError("lora: expected None for a sharded weight, got LoRA")
     shard = _shard(weight, call.ignore_index)

@@ -199,10 +199,10 @@ def _backward_kernel(
 class Scored(NamedTuple):
     """Rows of a chunk, in compact order: column of the whole vocabulary of each target, [rows]
     int64, and on the device, [1] int32, how many rows of the call are scored; a chunk that starts
-    at row s has count - s of them, at its beginning."""
+    at row s has num_scored - s of them, at its beginning."""
 
     target_T: Tensor
-    count: Tensor
+    num_scored: Tensor
 
 
 class Upstream(NamedTuple):
@@ -250,7 +250,7 @@ def forward_rows(
     (num_rows, columns), (row_start, column_start) = z.shape, start
     bias, scales, flags = head_flags(z, head)
     _forward_kernel[(triton.cdiv(num_rows, shape.rows),)](
-        z, z if p is None else p, bias, scored.target_T, scored.count, state, z.stride(0),
+        z, z if p is None else p, bias, scored.target_T, scored.num_scored, state, z.stride(0),
         0 if p is None else p.stride(0), state.stride(0), num_rows, columns, column_start,
         row_start, *scales, **flags, HAS_ENTROPY=entropy, HAS_P=p is not None, ROWS=shape.rows,
         BLOCK=shape.block, num_warps=shape.num_warps,
@@ -270,7 +270,7 @@ def backward_rows(
     (num_rows, columns), (row_start, column_start) = z.shape, start
     bias, scales, flags = head_flags(z, head)
     _backward_kernel[(triton.cdiv(num_rows, shape.rows),)](
-        z, dz, bias, scored.target_T, scored.count, *values, z.stride(0), dz.stride(0), num_rows,
-        columns, column_start, row_start, *scales, **flags, ROWS=shape.rows, BLOCK=shape.block,
+        z, dz, bias, *scored, *values, z.stride(0), dz.stride(0), num_rows, columns, column_start,
+        row_start, *scales, **flags, ROWS=shape.rows, BLOCK=shape.block,
         num_warps=shape.num_warps,
     )  # fmt: skip

@@ -198,6 +198,6 @@ def fused_forward(
         GROUP_M=shape.group_m, num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     _merge_kernel[(triton.cdiv(num_tokens, MERGE_ROWS),)](
-        partial, scored.count, state, num_tokens, num_n, partial.stride(1), partial.stride(0),
+        partial, scored.num_scored, state, num_tokens, num_n, partial.stride(1), partial.stride(0),
         state.stride(0), row_start, HAS_ENTROPY=entropy, ROWS=MERGE_ROWS, num_warps=4,
     )  # fmt: skip
