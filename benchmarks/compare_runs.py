@@ -14,7 +14,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from benchmarks import plot, records
-from train.report import read_log
+from train.runtime.report import read_log
 
 HELD_OUT = ("trace/loss", "trace/margin", "empty/loss", "empty/margin")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from bvpo_kernels.types import IGNORE_INDEX, TokenPair
-from train.attention import SDPA
+from train.model.attention import SDPA
 
 BETA = 0.1
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import records
 from benchmarks.registry import Group
-from train.files import replace_file
+from train.runtime.files import replace_file
 
 # The row that figures draw in black.
 OURS = "bvpo_kernels"

@@ -30,10 +30,10 @@ from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import AlphaEstimator, StepStats
 from bvpo_kernels.types import EMPTY, TRACE
 from train.config import RunConfig
-from train.devices import with_compute_dtype
-from train.files import replace_file
-from train.head import FusedHeadLM, build_policy
-from train.pairs import load_pairs
+from train.model.devices import with_compute_dtype
+from train.model.head import FusedHeadLM, build_policy
+from train.preferences.pairs import load_pairs
+from train.runtime.files import replace_file
 
 PAIRS = records.ROOT / "train" / "data" / "smollm2_pairs.jsonl"
 MODES = {

@@ -10,7 +10,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from benchmarks import records
-from train.files import replace_file
+from train.runtime.files import replace_file
 
 README = records.ROOT / "benchmarks" / "README.md"
 # Error columns of the table: the outputs whose relative errors they show, of which a row has one.

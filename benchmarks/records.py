@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 import bvpo_kernels
 from benchmarks.registry import Case
-from train.files import replace_file
+from train.runtime.files import replace_file
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

@@ -97,9 +97,9 @@ def smollm2(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns hidden states [tokens, 576] of scored tokens, its weight and the sampled tokens, bf16.
     """
     from train.config import ModelConfig
-    from train.head import FusedHeadLM
-    from train.models import load_model
-    from train.pairs import load_pairs
+    from train.model.head import FusedHeadLM
+    from train.model.models import load_model
+    from train.preferences.pairs import load_pairs
 
     model, _ = load_model(ModelConfig(param_dtype="bfloat16"))
     head = FusedHeadLM(model)

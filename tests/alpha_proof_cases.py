@@ -28,7 +28,7 @@ from bvpo_kernels import TokenPair, Unit, bvpo_loss, pack, segment_sum
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import MARGINAL, Moments, StepStats
 from bvpo_kernels.types import EMPTY, TRACE, PackedBatch
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 
 KINDS = (TRACE, EMPTY, MARGINAL)
 SHORT = "short"

@@ -28,7 +28,7 @@ from bvpo_kernels.mixing import (
     mixing_weights,
 )
 from bvpo_kernels.types import EMPTY, TRACE
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 
 BATCH = 8
 DRIFTED_BATCH = 32

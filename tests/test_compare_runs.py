@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-pytest.importorskip("train.report")
+pytest.importorskip("train.runtime.report")
 
 from benchmarks import compare_runs
 

@@ -8,7 +8,7 @@ from torch import nn
 from bvpo_kernels import IGNORE_INDEX, Unit, linear_logprobs, pack
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.types import EMPTY, TRACE, PackedBatch
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 
 
 @pytest.fixture(autouse=True)

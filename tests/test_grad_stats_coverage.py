@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from bvpo_kernels import IGNORE_INDEX, linear_logprobs, pack
 from bvpo_kernels.grad_stats import GradStats, UncoveredError
 from bvpo_kernels.grad_stats.forms import form
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 
 LATENT = {
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from bvpo_kernels import TokenPair, Unit, pack
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.types import EMPTY, TRACE
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 
 LENGTH, SAMPLES = 11, 6
 CROSS = ("sketch", "exact")

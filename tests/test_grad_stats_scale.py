@@ -9,7 +9,7 @@ from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import alpha_star
 from bvpo_kernels.oracles import grad_stats as oracle
 from bvpo_kernels.types import EMPTY, TRACE
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from bvpo_kernels import Unit, linear_logprobs, pack, scope
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.types import EMPTY, TRACE
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from bvpo_kernels.backends.eager import grad_stats as eager
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.types import Unit
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 
 
 @pytest.fixture(autouse=True)

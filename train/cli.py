@@ -13,22 +13,22 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import ArgumentParser, Namespace
 
 from train.config import ExportConfig, RunConfig
-from train.config_files import Parser, named_files
-from train.errors import is_users, one_line
-from train.estimation.config import EstimationConfig
+from train.config.files import Parser, named_files
+from train.config.help import explain
 from train.evaluation.config import EvaluateConfig
-from train.help_texts import explain
+from train.runtime.errors import is_users, one_line
+from train.sizing.config import EstimationConfig
 from train.study.config import StudyConfig
 
 # command -> (module with `run(cfg)`, help). Modules are imported when their command runs: `--help`
 # must not wait for transformers.
 COMMANDS = {
-    "sample": ("train.sample", "draw responses with and without a trace"),
-    "rank": ("train.rank", "score the answers and write best-worst pairs"),
+    "sample": ("train.preferences.sample", "draw responses with and without a trace"),
+    "rank": ("train.preferences.rank", "score the answers and write best-worst pairs"),
     "cache-ref": ("train.reference", "compute and store the reference model's scores"),
-    "train": ("train.loop", "train with the BVPO loss"),
-    "estimate": ("train.estimation.run", "memory and FLOPs of a step, without weights"),
-    "export": ("train.export", "write a checkpoint's model for from_pretrained"),
+    "train": ("train.trainer", "train with the BVPO loss"),
+    "estimate": ("train.sizing.estimate", "memory and FLOPs of a step, without weights"),
+    "export": ("train.model.export", "write a checkpoint's model for from_pretrained"),
     "evaluate": ("train.evaluation.run", "answer a benchmark's questions, with scores or files"),
     "study": ("train.study.run", "measure, on a small model, whether a* minimises and helps"),
 }
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command, cfg = parse(arguments)
         if hasattr(cfg, "model"):
-            from train.devices import with_compute_dtype  # `--help` must not wait for torch
+            from train.model.devices import with_compute_dtype  # `--help` must not wait for torch
 
             cfg.model = with_compute_dtype(cfg.model)
         code = importlib.import_module(COMMANDS[command][0]).run(cfg)

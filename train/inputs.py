@@ -14,11 +14,11 @@ from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.mixing.moments import MIN_UNITS
 from bvpo_kernels.types import KINDS, Unit
 from train.config import RunConfig
-from train.data import StepPlan, check_budget, lacks_a_kind
-from train.marginal import check_traces, without_extra
-from train.models import tokenizer_fingerprint
-from train.pairs import PairSet, load_pairs, meta_path, output_path, split_holdout
-from train.parallel import ALONE, World
+from train.model.models import tokenizer_fingerprint
+from train.preferences.pairs import PairSet, load_pairs, meta_path, output_path, split_holdout
+from train.runtime.parallel import ALONE, World
+from train.steps import StepPlan, check_budget, lacks_a_kind
+from train.trace_sum import check_traces, without_extra
 
 _SIDES = ("prompt", "chosen", "rejected")
 _SHOWN = 3

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bvpo_kernels.losses import LOSSES
 from bvpo_kernels.packing import segment_sum
-from train.adapters import adapters_off
 from train.config import RunConfig
-from train.data import MicroBatch
-from train.head import FusedHeadLM
-from train.parallel import reshard
+from train.model.adapters import adapters_off
+from train.model.head import FusedHeadLM
+from train.runtime.parallel import reshard
+from train.steps import MicroBatch
 
 
 class OnlineReference:

@@ -22,14 +22,14 @@ from tqdm import tqdm
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import segment_sum
 from bvpo_kernels.types import KINDS, TokenPair, Unit
-from train import parallel
 from train.config import ModelConfig, RunConfig
-from train.data import MicroBatch, StepPlan
-from train.files import replace_file, sha256
-from train.head import FusedHeadLM, build_policy
 from train.inputs import load_inputs, plan_of
-from train.parallel import ALONE, World, whole
-from train.prompts import parse_object
+from train.model.head import FusedHeadLM, build_policy
+from train.preferences.prompts import parse_object
+from train.runtime import parallel
+from train.runtime.files import replace_file, sha256
+from train.runtime.parallel import ALONE, World, whole
+from train.steps import MicroBatch, StepPlan
 
 FORMAT = 1
 

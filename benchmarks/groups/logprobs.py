@@ -21,7 +21,7 @@ from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row
 from bvpo_kernels import IGNORE_INDEX, linear_logprobs
 from bvpo_kernels.backends import MISSING
 from bvpo_kernels.oracles import logprobs as reference
-from train.devices import multiplies_bf16
+from train.model.devices import multiplies_bf16
 
 WEIGHT_STD = 0.02
 LEANS_ELSEWHERE = 0.3

@@ -28,8 +28,8 @@ from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row, why_not
 from bvpo_kernels import TokenPair, Unit, bvpo_loss, pack, segment_sum
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.types import EMPTY, TRACE, PackedBatch
-from train.attention import AUTO, resolve_attention
-from train.head import FusedHeadLM
+from train.model.attention import AUTO, resolve_attention
+from train.model.head import FusedHeadLM
 
 ALPHA = 0.5
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 64

@@ -18,10 +18,10 @@ from benchmarks.registry import Case, Outputs
 from bvpo_kernels.types import EMPTY, KINDS, TRACE, TokenPair, Unit
 from train.cli import parse
 from train.config import RunConfig
-from train.data import StepPlan
 from train.inputs import load_inputs
-from train.models import load_model
+from train.model.models import load_model
 from train.reference import response_key
+from train.steps import StepPlan
 
 DEMO = records.ROOT / "train" / "presets" / "demo.yaml"
 PAIRS = records.ROOT / "train" / "data" / "smollm2_pairs.jsonl"

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.steps.inputs import StepInputs
-from train import parallel, reference
-from train.head import FusedHeadLM
-from train.loop import Trainer
-from train.models import attention_of
+from train import reference
+from train.model.head import FusedHeadLM
+from train.model.models import attention_of
+from train.runtime import parallel
+from train.trainer import Trainer
 
 
 class LoopStep:
@@ -32,7 +33,7 @@ class LoopStep:
         if dist.is_initialized():
             world = parallel.make_world(cfg.parallel, torch.device("cpu"))
         policy = FusedHeadLM(
-            # FSDP2 casts the weights as it gathers them, as `train.head.build_policy` has it.
+            # FSDP2 casts the weights as it gathers them, as `train.model.head.build_policy` has it.
             model, compute_dtype=compute if world.mesh is None else model.dtype,
             workspace_bytes=cfg.train.workspace_mib * 2**20,
         )  # fmt: skip

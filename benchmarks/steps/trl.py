@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.steps.inputs import StepInputs
 from bvpo_kernels.types import KINDS, TokenPair
-from train.models import load_tokenizer
+from train.model.models import load_tokenizer
 
 
 class TRLStep:

@@ -17,7 +17,7 @@ KILLED = -signal.SIGKILL
 # A server that has imported what takes seconds, so that its forks start in milliseconds. It has run
 # no backward: a fork of a process that has cannot run one.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["train.loop", "train.export"])
+_CONTEXT.set_forkserver_preload(["train.trainer", "train.model.export"])
 
 
 def run_processes(work: Callable[..., None], ranks: int, *args: object) -> list[int]:

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from tiny_runs import make_cfg, make_units, tiny_model
 
-from train import parallel
 from train.config import AlphaConfig, EstimateConfig, RunConfig
-from train.head import FusedHeadLM
-from train.loop import Trainer
+from train.model.head import FusedHeadLM
+from train.runtime import parallel
+from train.trainer import Trainer
 
 RANKS = 2
 

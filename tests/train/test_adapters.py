@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bvpo_kernels.packing import pack, segment_sum
 from bvpo_kernels.types import KINDS
-from train import adapters
-from train.adapters import adapters_off, add_adapters, is_adapter
 from train.config import AdapterConfig, AlphaConfig, EstimateConfig
-from train.head import FusedHeadLM, build_policy
-from train.loop import Trainer
+from train.model import adapters
+from train.model.adapters import adapters_off, add_adapters, is_adapter
+from train.model.head import FusedHeadLM, build_policy
+from train.trainer import Trainer
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

@@ -8,11 +8,12 @@ from ranks import RANKS, spawn
 from tiny_runs import make_cfg, make_units, merged_weights, tiny_model
 from transformers import AutoModelForCausalLM
 
-from train import loading, models, parallel
-from train.adapters import is_adapter
 from train.config import AdapterConfig, AlphaConfig, EstimateConfig
-from train.head import build_policy
-from train.loop import Trainer
+from train.model import loading, models
+from train.model.adapters import is_adapter
+from train.model.head import build_policy
+from train.runtime import parallel
+from train.trainer import Trainer
 
 pytest.importorskip("peft", reason="peft is not installed")
 

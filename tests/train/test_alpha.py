@@ -8,9 +8,9 @@ from tiny_runs import make_cfg, make_trainer, make_units, read_lines, tiny_model
 from transformers import Qwen3Config
 
 from bvpo_kernels.mixing import AlphaEstimator, StepStats, alpha_star, unbiased
-from train import report
 from train.alpha import FixedAlpha, build_alpha, build_stats, describe
 from train.config import AlphaConfig, EstimateConfig
+from train.runtime import report
 
 
 def estimated(tmp_path, **options):

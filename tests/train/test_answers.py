@@ -6,7 +6,7 @@ import time
 import pytest
 from judged_answers import ROWS
 
-from train.answers import MathVerify, find_answer, last_box, normalize
+from train.preferences.answers import MathVerify, find_answer, last_box, normalize
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from tiny_runs import make_units, tiny_model
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
 from bvpo_kernels.packing import pack
-from train import attention
-from train.attention import FLASH, SDPA, SEGMENTS, VARLEN, resolve_attention, segment_options
+from train.model import attention
+from train.model.attention import FLASH, SDPA, SEGMENTS, VARLEN, resolve_attention, segment_options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

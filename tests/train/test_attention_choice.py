@@ -8,13 +8,13 @@ import transformers as hf
 from tiny_chat import make_tokenizer
 from tiny_runs import tiny_model
 
-from train.adapters import add_adapters
-from train.attention import AUTO, FLASH, SDPA, SEGMENTS, VARLEN
-from train.attention_choice import Asked
 from train.config import AdapterConfig, ModelConfig
-from train.head import FusedHeadLM, _choose_attention
-from train.models import load_model
-from train.parallel import ALONE
+from train.model.adapters import add_adapters
+from train.model.attention import AUTO, FLASH, SDPA, SEGMENTS, VARLEN
+from train.model.attention_choice import Asked
+from train.model.head import FusedHeadLM, _choose_attention
+from train.model.models import load_model
+from train.runtime.parallel import ALONE
 
 EAGER = "eager"
 MODELS = {

@@ -16,14 +16,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from train.checkpoint.checkpoint.state_files import read_state
 
-from train import checkpoint
 from train.alpha import FixedAlpha
-from train.checkpoint import Checkpointer, checkpoints, find_defect
+from train.checkpoint.checkpoint import Checkpointer, checkpoint, checkpoints, find_defect
+from train.checkpoint.state import MAY_CHANGE, TrainState, model_tensors, run_identity
 from train.config import CheckpointConfig, RunConfig
-from train.parallel import ALONE, World
-from train.state import MAY_CHANGE, TrainState, model_tensors, run_identity
-from train.state_files import read_state
+from train.runtime.parallel import ALONE, World
 
 IDENTITY = {"optim.lr": "0.1", "weights": "abc"}
 
@@ -299,13 +298,13 @@ def _killed_save(folder: Path, target: str, call: int) -> None:
     ("target", "call", "step"),
     [
         ("torch.distributed.checkpoint.save", 1, 2),
-        ("train.checkpoint.write_synced", 1, 2),
-        ("train.checkpoint.write_synced", 3, 2),
-        ("train.checkpoint.sync_folder", 1, 2),
-        ("train.checkpoint.os.replace", 1, 2),
-        ("train.checkpoint.sync_folder", 2, 3),
-        ("train.checkpoint.os.replace", 2, 3),
-        ("train.checkpoint.shutil.rmtree", 1, 3),
+        ("train.checkpoint.checkpoint.write_synced", 1, 2),
+        ("train.checkpoint.checkpoint.write_synced", 3, 2),
+        ("train.checkpoint.checkpoint.sync_folder", 1, 2),
+        ("train.checkpoint.checkpoint.os.replace", 1, 2),
+        ("train.checkpoint.checkpoint.sync_folder", 2, 3),
+        ("train.checkpoint.checkpoint.os.replace", 2, 3),
+        ("train.checkpoint.checkpoint.shutil.rmtree", 1, 3),
     ],
 )
 def test_a_killed_save_leaves_the_old_or_the_new(tmp_path, target, call, step):

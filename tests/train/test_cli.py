@@ -32,10 +32,10 @@ def calls(monkeypatch):
 @pytest.mark.parametrize(
     ("command", "module"),
     [
-        ("sample", "train.sample"),
-        ("rank", "train.rank"),
+        ("sample", "train.preferences.sample"),
+        ("rank", "train.preferences.rank"),
         ("cache-ref", "train.reference"),
-        ("train", "train.loop"),
+        ("train", "train.trainer"),
     ],
 )
 def test_each_command_runs_its_module(calls, command, module):

@@ -8,9 +8,9 @@ from tiny_chat import save_causal_lm
 from tiny_runs import tiny_model
 
 from train.config import ModelConfig
-from train.damage import damaged_file
-from train.loading import empty_model
-from train.models import load_model, load_tokenizer
+from train.model.damage import damaged_file
+from train.model.loading import empty_model
+from train.model.models import load_model, load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 
@@ -115,6 +115,6 @@ def test_what_lacks_a_package_stays_an_import_error(tmp_path, monkeypatch):
     def missing(*_, **__):
         raise ImportError("requires the sentencepiece library")
 
-    monkeypatch.setattr("train.models.AutoTokenizer.from_pretrained", missing)
+    monkeypatch.setattr("train.model.models.AutoTokenizer.from_pretrained", missing)
     with pytest.raises(ImportError, match=r"^model\.name: .*requires the sentencepiece library"):
         load_tokenizer(ModelConfig(name=str(folder)))

@@ -7,7 +7,7 @@ import torch
 from tiny_runs import make_units
 
 from train.config import TrainConfig
-from train.data import StepPlan, count_pairs, epoch_order
+from train.steps import StepPlan, count_pairs, epoch_order
 
 
 def ids(units):

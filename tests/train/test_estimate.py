@@ -15,13 +15,13 @@ from bvpo_kernels.packing import pack
 from bvpo_kernels.types import EMPTY, TRACE, TokenPair, Unit
 from train import cli
 from train.config import AlphaConfig, EstimateConfig
-from train.data import MicroBatch
-from train.estimation.run import GIB, advise, estimate, run, table
-from train.estimation.trace import ARCHITECTURES
-from train.head import FusedHeadLM
-from train.loop import build_optimizer
+from train.model.head import FusedHeadLM
 from train.online import online_reference
-from train.parallel import checkpoint_activations
+from train.runtime.parallel import checkpoint_activations
+from train.sizing.estimate import GIB, advise, estimate, run, table
+from train.sizing.trace import ARCHITECTURES
+from train.steps import MicroBatch
+from train.trainer import build_optimizer
 
 LARGE = Path("train/presets/large")
 MODELS = ("r1-distill-qwen-1.5b", "r1-distill-qwen-7b", "r1-0528-qwen3-8b")

@@ -10,15 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config
 
 from bvpo_kernels.packing import pack
-from train.adapters import add_adapters, is_adapter
 from train.config import AdapterConfig, AlphaConfig, EstimateConfig
-from train.data import MicroBatch
-from train.estimation.run import estimate
-from train.head import FusedHeadLM
-from train.loop import build_optimizer
+from train.model.adapters import add_adapters, is_adapter
+from train.model.head import FusedHeadLM
 from train.online import online_reference
-from train.parallel import checkpoint_activations, decoder_layers
-from train.throughput import StepFlops
+from train.runtime.parallel import checkpoint_activations, decoder_layers
+from train.sizing.estimate import estimate
+from train.sizing.throughput import StepFlops
+from train.steps import MicroBatch
+from train.trainer import build_optimizer
 
 pytest.importorskip("peft", reason="peft is not installed")
 TOKENS, RANK = 512, 4

@@ -7,7 +7,7 @@ import torch
 from tiny_runs import make_cfg, make_trainer, make_units, naive_kind_loss, naive_padded_scores
 
 from bvpo_kernels.types import Unit
-from train.evaluate import evaluate
+from train.objective import evaluate
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ import pandas as pd
 import pytest
 from tiny_chat import save_causal_lm, write_lines
 
-from train import cli, sample
+from train import cli
 from train.config import ModelConfig, RunConfig, SampleConfig
 from train.evaluation import engines, run, writers
 from train.evaluation.config import EvaluateConfig
 from train.evaluation.intervals import pass_at, proportion, summarize
 from train.evaluation.questions import load_questions
 from train.evaluation.scores import score_responses
-from train.judges import Verifier
+from train.preferences import sample
+from train.preferences.judges import Verifier
 
 TEXT = "# Title\n\nA **bold** word, `x`.\n\n- one\n- two\n1. first\n```\n# not a header\n```\n"
 

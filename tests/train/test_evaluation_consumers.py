@@ -11,12 +11,12 @@ import pytest
 from tiny_chat import QWEN3_TEMPLATE, make_tokenizer, save_causal_lm, write_lines
 from transformers import GenerationConfig
 
-from train.answers import MathVerify
 from train.config import ModelConfig
 from train.evaluation import run, writers
 from train.evaluation.config import EvaluateConfig
 from train.evaluation.intervals import pass_at, summarize
 from train.evaluation.questions import SOURCES, load_questions
+from train.preferences.answers import MathVerify
 
 INSTRUCTIONS = [{"instruction": f"Say {n}.", "dataset": "helpful_base"} for n in range(5)]
 PROBLEMS = [{"id": n, "problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(3)]

@@ -15,16 +15,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-from train import export
 from train.alpha import FixedAlpha
-from train.checkpoint import Checkpointer
+from train.checkpoint.checkpoint import Checkpointer
+from train.checkpoint.state import TrainState
 from train.config import CheckpointConfig, ExportConfig
-from train.export import save_model
-from train.head import build_policy
-from train.loop import build_optimizer
-from train.parallel import ALONE
+from train.model import export
+from train.model.export import save_model
+from train.model.head import build_policy
 from train.reference import weights_digest
-from train.state import TrainState
+from train.runtime.parallel import ALONE
+from train.trainer import build_optimizer
 
 IDS = torch.arange(3, 15)[None]
 MODELS = {

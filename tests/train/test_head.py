@@ -24,7 +24,7 @@ from transformers import (
 
 from bvpo_kernels.packing import pack, segment_sum
 from bvpo_kernels.types import KINDS, TokenPair, Unit
-from train.head import FusedHeadLM, logit_transform
+from train.model.head import FusedHeadLM, logit_transform
 
 
 def naive_scores(model, units):

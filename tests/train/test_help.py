@@ -7,7 +7,7 @@ import pytest
 
 from train import cli
 from train.config import EstimateConfig, RunConfig
-from train.help_texts import field_texts, option_texts, summary
+from train.config.help import field_texts, option_texts, summary
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

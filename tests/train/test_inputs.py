@@ -11,7 +11,7 @@ from bvpo_kernels.types import TokenPair, Unit
 from train import inputs as module
 from train.config import AlphaConfig, EstimateConfig
 from train.inputs import check_measurable, load_inputs, plan_of
-from train.pairs import meta_path
+from train.preferences.pairs import meta_path
 
 
 def write_units(path, units, meta=None):

@@ -10,10 +10,10 @@ import torch
 from ranks import spawn
 from tiny_runs import make_cfg, make_trainer, make_units, read_lines, tiny_model
 
-from train import parallel
-from train.head import FusedHeadLM
-from train.interrupts import UNDER_TORCHRUN, Interruption
-from train.loop import Trainer
+from train.model.head import FusedHeadLM
+from train.runtime import parallel
+from train.runtime.interrupts import UNDER_TORCHRUN, Interruption
+from train.trainer import Trainer
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -6,8 +6,14 @@ from tiny_chat import make_tokenizer, save_reward_model
 from transformers import AutoModelForSequenceClassification
 
 from train.config import RankConfig
-from train.judges import RewardModel, Verifier, build_judge, check_judge, extract_final_answer
-from train.prompts import Prompt
+from train.preferences.judges import (
+    RewardModel,
+    Verifier,
+    build_judge,
+    check_judge,
+    extract_final_answer,
+)
+from train.preferences.prompts import Prompt
 
 
 @pytest.mark.parametrize(

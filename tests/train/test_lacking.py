@@ -12,9 +12,9 @@ from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import Unit
 from train.alpha import kind_scale
 from train.config import AlphaConfig, EstimateConfig
-from train.data import lacks_a_kind, make_step
-from train.loop import first_loss
-from train.marginal import check_traces
+from train.steps import lacks_a_kind, make_step
+from train.trace_sum import check_traces
+from train.trainer import first_loss
 
 
 def estimated(tmp_path, **options):

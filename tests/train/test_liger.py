@@ -9,8 +9,8 @@ from tiny_runs import tiny_model
 from transformers import GPT2Config, Qwen3Config
 
 from bvpo_kernels.grad_stats import GradStats
-from train import liger
-from train.liger import apply_liger
+from train.model import liger
+from train.model.liger import apply_liger
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 from bvpo_kernels.backends import sparse as rule
 from bvpo_kernels.packing import pack, segment_sum
 from bvpo_kernels.types import Unit
-from train import loop
+from train import trainer as loop
 from train.cli import parse
 from train.config import ModelConfig, OptimConfig
-from train.data import MicroBatch, Step, count_pairs
-from train.export import save_model
-from train.head import FusedHeadLM, build_policy
-from train.loop import NonFiniteError, build_optimizer, lr_factor
+from train.model.export import save_model
+from train.model.head import FusedHeadLM, build_policy
+from train.steps import MicroBatch, Step, count_pairs
+from train.trainer import NonFiniteError, build_optimizer, lr_factor
 
 TIMES = ("time", "tokens_per_second", "mfu")
 

@@ -12,7 +12,7 @@ from bvpo_kernels.mixing.traces import importance_weights
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import EMPTY, KINDS, TRACE, TokenPair
 from train.config import AlphaConfig, EstimateConfig
-from train.marginal import check_traces, marginal_loss, without_extra
+from train.trace_sum import check_traces, marginal_loss, without_extra
 
 TRACES = 3
 

@@ -6,16 +6,17 @@ from tiny_chat import make_tokenizer, save_causal_lm, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from train import models, sample
 from train.config import ModelConfig, SampleConfig
-from train.devices import with_compute_dtype
-from train.models import (
+from train.model import models
+from train.model.devices import with_compute_dtype
+from train.model.models import (
     load_model,
     load_tokenizer,
     tokenizer_fingerprint,
 )
-from train.modes import KIND_OF_MODE, build_prompts
-from train.prompts import Prompt
+from train.preferences import sample
+from train.preferences.modes import KIND_OF_MODE, build_prompts
+from train.preferences.prompts import Prompt
 
 
 @pytest.fixture(scope="module")

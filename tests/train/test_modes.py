@@ -2,8 +2,8 @@ import pytest
 from tiny_chat import CHAT_TEMPLATE, QWEN3_TEMPLATE, R1_TEMPLATE, make_tokenizer
 
 from train.config import ExampleConfig, ModelConfig, SampleConfig
-from train.modes import NO_THINKING, THINKING, build_prompts, render_prompts
-from train.prompts import Prompt
+from train.preferences.modes import NO_THINKING, THINKING, build_prompts, render_prompts
+from train.preferences.prompts import Prompt
 
 EMPTY = "<think>\n\n</think>\n\n"
 PROMPT = Prompt("p", [{"role": "user", "content": "1+1?"}], {"name": "sums", "entry": {}})

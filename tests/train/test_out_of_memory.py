@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_runs import make_cfg, make_trainer, make_units
 
-from train.out_of_memory import StepDoesNotFit, advice, explained
+from train.sizing.out_of_memory import StepDoesNotFit, advice, explained
 
 
 def test_the_cpus_allocator_is_recognised(tmp_path):

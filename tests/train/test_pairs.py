@@ -5,7 +5,13 @@ import pytest
 from tiny_chat import write_lines
 
 from bvpo_kernels.types import EMPTY, TRACE, TokenPair, Unit
-from train.pairs import data_fingerprint, load_pairs, meta_path, split_holdout, write_pairs
+from train.preferences.pairs import (
+    data_fingerprint,
+    load_pairs,
+    meta_path,
+    split_holdout,
+    write_pairs,
+)
 
 
 def pair(prompt=(5, 6), chosen=(7, 2), rejected=(8, 9, 2), rewards=(1.0, 0.0)):
@@ -165,7 +171,7 @@ def test_a_sidecar_of_other_units_is_refused(tmp_path):
 
 
 def test_the_shipped_pairs():
-    path = Path("train/data/smollm2_pairs.jsonl")
+    path = Path("train/bundled/smollm2_pairs.jsonl")
     loaded = load_pairs(path)
     assert 64 <= len(loaded.units) <= 120
     assert all(set(u.pairs) == {TRACE, EMPTY} for u in loaded.units)

@@ -11,11 +11,12 @@ from ranks import RANKS, Case, run, spawn
 from test_marginal import traced_units
 from tiny_runs import lacking, make_units, tiny_model
 
-from train import loading, parallel
 from train.config import ModelConfig, ParallelConfig
-from train.data import StepPlan, deal
-from train.head import FusedHeadLM
-from train.loop import NonFiniteError, Trainer
+from train.model import loading
+from train.model.head import FusedHeadLM
+from train.runtime import parallel
+from train.steps import StepPlan, deal
+from train.trainer import NonFiniteError, Trainer
 
 # 4 units make two packs of 160 tokens or three, so ranks differ in their number; 1 unit leaves the
 # other rank none at all.

@@ -8,7 +8,7 @@ import torch
 from tiny_runs import make_cfg, make_trainer, make_units
 
 from train.config import ProfileConfig
-from train.profiling import recording, trace_path
+from train.runtime.profiling import recording, trace_path
 
 
 def run_steps(cfg, folder, count, rank=0):

@@ -5,8 +5,8 @@ from datasets import Dataset
 from tiny_chat import write_lines
 
 from train.config import PromptsConfig
-from train.judges import Verifier
-from train.prompts import load_prompts
+from train.preferences.judges import Verifier
+from train.preferences.prompts import load_prompts
 
 
 def from_jsonl(path, **options):

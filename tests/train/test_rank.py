@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from tiny_chat import save_reward_model, write_lines
 
-from train import rank
 from train.config import RankConfig, RunConfig
-from train.modes import NO_THINKING, THINKING
-from train.pairs import load_pairs
+from train.preferences import rank
+from train.preferences.modes import NO_THINKING, THINKING
+from train.preferences.pairs import load_pairs
 
 META = {"settings": {"model.trace_close": "</think>", "model.name": "tiny"}, "command": "sampled"}
 

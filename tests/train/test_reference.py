@@ -22,10 +22,10 @@ from tiny_runs import (
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import TokenPair, Unit
 from train import reference
-from train.data import StepPlan
-from train.files import sha256
-from train.head import FusedHeadLM
-from train.pairs import write_pairs
+from train.model.head import FusedHeadLM
+from train.preferences.pairs import write_pairs
+from train.runtime.files import sha256
+from train.steps import StepPlan
 
 CFG_KEYS = ["param_dtype", "compute_dtype", "trace_open", "trace_close", "empty_trace"]
 

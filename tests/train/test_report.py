@@ -11,9 +11,10 @@ import torch
 from tiny_runs import make_cfg, make_trainer, make_units, tiny_model
 
 from bvpo_kernels.packing import pack
-from train import head_memory, report
 from train.config import EstimateConfig
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
+from train.runtime import report
+from train.sizing import head_memory
 
 
 def test_a_run_leaves_a_figure_and_prints_the_table(tmp_path, capsys):

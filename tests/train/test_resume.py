@@ -15,21 +15,28 @@ from ranks import Case
 from safetensors.torch import load_file
 from test_checkpoint import flip
 from tiny_runs import make_units, read_lines
+from train.checkpoint.checkpoint.state_files import read_state
 
-from train import report
-from train.checkpoint import checkpoints
-from train.loop import Trainer
-from train.state_files import read_state
+from train.checkpoint.checkpoint import checkpoints
+from train.runtime import report
+from train.trainer import Trainer
 
 STEPS = 8
 TIMES = ("time", "tokens_per_second", "mfu", "seconds/")
 KILLS = 20
 # Where a process dies: between and within steps, and before each thing that a save does.
+_SAVE = "train.checkpoint.checkpoint"
 TARGETS = (
-    "train.loop.Trainer.train_step", "train.loop.Trainer.evaluate", "train.report.RunLog.write",
-    "torch.optim.AdamW.step", "torch.distributed.checkpoint.save", "train.checkpoint.write_synced",
-    "train.checkpoint.sync_folder", "train.checkpoint.os.replace", "train.checkpoint.shutil.rmtree",
-)  # fmt: skip
+    "train.trainer.Trainer.train_step",
+    "train.trainer.Trainer.evaluate",
+    "train.runtime.report.RunLog.write",
+    "torch.optim.AdamW.step",
+    "torch.distributed.checkpoint.save",
+    f"{_SAVE}.write_synced",
+    f"{_SAVE}.sync_folder",
+    f"{_SAVE}.os.replace",
+    f"{_SAVE}.shutil.rmtree",
+)
 
 
 @dataclass

@@ -3,9 +3,10 @@
 import pytest
 from tiny_runs import inputs_of, make_cfg, make_trainer, make_units, tiny_model
 
-from train import loop, report
-from train.head import FusedHeadLM
-from train.run_dir import check_run_dir, set_aside
+from train import trainer as loop
+from train.model.head import FusedHeadLM
+from train.runtime import report
+from train.runtime.run_dir import check_run_dir, set_aside
 
 
 @pytest.fixture(autouse=True)

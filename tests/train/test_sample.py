@@ -11,11 +11,11 @@ from tiny_chat import (
     write_lines,
 )
 
-from train import sample
 from train.config import ModelConfig, RunConfig
-from train.models import load_model
-from train.modes import NO_THINKING, THINKING
-from train.responses import read_responses, responses_path
+from train.model.models import load_model
+from train.preferences import sample
+from train.preferences.modes import NO_THINKING, THINKING
+from train.preferences.responses import read_responses, responses_path
 
 # Prompts of unequal lengths, so that batches need padding; five of them in batches of two.
 TEXTS = ["Hi", "What is 2 + 3?", "Name a colour that is not red, please.", "1 + 1 =", "Why?"]

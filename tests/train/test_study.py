@@ -16,7 +16,7 @@ from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.mixing.traces import importance_weights
 from bvpo_kernels.types import EMPTY, TRACE
 from train import cli
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 from train.study import arms, findings, marginal, measure, model, results, run, tables, task
 from train.study.config import ARMS, NAMES, StudyConfig, chosen_arms, sized
 from train.study.preferences import choose, score_all, score_rows

@@ -6,7 +6,7 @@ from tiny_runs import SIZES, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from bvpo_kernels.types import TokenPair, Unit
-from train.throughput import StepFlops, peak_flops, utilization
+from train.sizing.throughput import StepFlops, peak_flops, utilization
 
 
 def test_flops_are_those_that_torch_counts():

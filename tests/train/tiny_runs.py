@@ -10,12 +10,12 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bvpo_kernels.types import KINDS, TokenPair, Unit
-from train.adapters import base_model, base_name, is_adapter, merged
 from train.config import ModelConfig, RunConfig, TrainConfig
-from train.head import FusedHeadLM
 from train.inputs import Inputs
-from train.loop import Trainer
-from train.pairs import PairSet
+from train.model.adapters import base_model, base_name, is_adapter, merged
+from train.model.head import FusedHeadLM
+from train.preferences.pairs import PairSet
+from train.trainer import Trainer
 
 VOCAB = 97
 # A large initializer range, so that attention and head are far from uniform.

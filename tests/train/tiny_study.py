@@ -7,7 +7,7 @@ import torch
 
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import EMPTY, TRACE
-from train.pairs import write_json
+from train.preferences.pairs import write_json
 from train.study import task
 from train.study.arms import World
 from train.study.config import StudyConfig

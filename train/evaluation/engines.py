@@ -10,8 +10,8 @@ import torch
 
 from train.config import RunConfig
 from train.evaluation.config import EvaluateConfig
-from train.models import load_tokenizer, resolve
-from train.sample import Engine, load_sampler
+from train.model.models import load_tokenizer, resolve
+from train.preferences.sample import Engine, load_sampler
 
 
 class VLLMSampler:
@@ -36,7 +36,7 @@ class VLLMSampler:
     def draw(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int
     ) -> list[list[list[int]]]:
-        """As `train.sample.Sampler.draw`."""
+        """As `train.preferences.sample.Sampler.draw`."""
         nucleus = {"top_p": self.cfg.top_p} if self.cfg.temperature > 0 else {}
         params = self.vllm.SamplingParams(
             n=self.cfg.num_responses, temperature=self.cfg.temperature, top_k=0,
@@ -71,7 +71,7 @@ def choose(engine: str) -> str:
 
 
 def loader(cfg: EvaluateConfig) -> Any:
-    """What `train.sample.fill` loads the engine with."""
+    """What `train.preferences.sample.fill` loads the engine with."""
 
     def load(run: RunConfig) -> Engine:
         return VLLMSampler(run) if choose(cfg.engine) == "vllm" else load_sampler(run)

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 
 from train.config import PromptsConfig
 from train.evaluation.config import EvaluateConfig
-from train.prompts import Prompt, check_encodable, from_records, load_prompts, read_jsonl
+from train.preferences.prompts import (
+    Prompt,
+    check_encodable,
+    from_records,
+    load_prompts,
+    read_jsonl,
+)
 
 
 class Source(NamedTuple):
@@ -126,7 +132,7 @@ def _given(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
 def _prompt_record(
     cfg: EvaluateConfig, source: Source, record: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """A record as `train.prompts` reads them."""
+    """A record as `train.preferences.prompts` reads them."""
     question, answer = _first(record, source.question), _first(record, source.answer)
     if isinstance(question, list):  # the turns of Arena-Hard v0.1: one
         turn = question[0] if len(question) == 1 else None

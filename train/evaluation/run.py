@@ -15,14 +15,14 @@ from train.evaluation.intervals import Estimate, summarize
 from train.evaluation.questions import ANSWER_FILES, load_questions
 from train.evaluation.scores import build_judge, score_responses
 from train.evaluation.writers import Answer, check_names, write_answers
-from train.judges import Judge
-from train.models import load_tokenizer
-from train.modes import KIND_OF_MODE
-from train.pairs import provenance, write_json
-from train.prompts import Prompt
-from train.rank import format_table, never_closed
-from train.responses import read_responses
-from train.sample import fill
+from train.model.models import load_tokenizer
+from train.preferences.judges import Judge
+from train.preferences.modes import KIND_OF_MODE
+from train.preferences.pairs import provenance, write_json
+from train.preferences.prompts import Prompt
+from train.preferences.rank import format_table, never_closed
+from train.preferences.responses import read_responses
+from train.preferences.sample import fill
 
 
 def run_config(cfg: EvaluateConfig) -> RunConfig:

@@ -7,10 +7,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from train.answers import MathVerify
 from train.evaluation.config import EvaluateConfig
-from train.judges import Judge, Verifier
-from train.rank import answer_of, never_closed
+from train.preferences.answers import MathVerify
+from train.preferences.judges import Judge, Verifier
+from train.preferences.rank import answer_of, never_closed
 
 
 def build_judge(benchmark: str) -> Judge:

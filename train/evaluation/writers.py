@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.files import replace_file
+from train.runtime.files import replace_file
 
 _CODE_BLOCK = re.compile(r"```[^`]*```")
 

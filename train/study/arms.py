@@ -23,15 +23,15 @@ from bvpo_kernels.types import EMPTY, KINDS, TRACE, PackedBatch, Unit
 from train import reference
 from train.alpha import AlphaSource, FixedAlpha
 from train.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
-from train.data import StepPlan
-from train.evaluate import MetricSum, Objective
-from train.head import FusedHeadLM
-from train.loop import build_optimizer, lr_factor
+from train.model.head import FusedHeadLM
+from train.objective import MetricSum, Objective
+from train.steps import StepPlan
 from train.study import task
 from train.study.config import Arm, StudyConfig
 from train.study.marginal import Posterior, margin_and_weights, marginal_rows, measure
 from train.study.model import generate
 from train.study.preferences import Preferences, score_all
+from train.trainer import build_optimizer, lr_factor
 
 # Attention over a packed row costs its square; rows of this size are the fastest here.
 PACK_TOKENS = 384

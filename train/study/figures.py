@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import EMPTY, TRACE
-from train.report import COLORS
+from train.runtime.report import COLORS
 from train.study.results import MODES, Results, accuracy, curve_value
 
 _INK, _STAR, _MARGINAL = "#444444", "#b3262e", "#2d7d46"

@@ -21,7 +21,7 @@ from bvpo_kernels.mixing import MARGINAL, StepStats
 from bvpo_kernels.mixing.traces import importance_weights
 from bvpo_kernels.packing import pack, segment_sum
 from bvpo_kernels.types import EMPTY, KINDS, TRACE, Unit
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 from train.study.preferences import score_all
 
 

@@ -28,7 +28,7 @@ from bvpo_kernels.mixing import MARGINAL, AlphaEstimator
 from bvpo_kernels.mixing.moments import MIN_ESS, MIN_UNITS
 from bvpo_kernels.mixing.optimum import t_quantile
 from bvpo_kernels.types import TRACE, Unit
-from train.head import FusedHeadLM
+from train.model.head import FusedHeadLM
 from train.study.arms import PROBE_TRACES, World, pair_rows, reference_scores
 from train.study.marginal import margin_and_weights, marginal_loss, marginal_rows, measure
 from train.study.preferences import score_rows

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import EMPTY, IGNORE_INDEX, TRACE, TokenPair, Unit
-from train.pairs import write_json
+from train.preferences.pairs import write_json
 from train.study import task
 from train.study.config import StudyConfig
 from train.study.model import generate, pad_rows

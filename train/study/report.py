@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from train.files import replace_file
+from train.runtime.files import replace_file
 from train.study import figures, findings, tables
 from train.study.config import StudyConfig
 from train.study.results import Results, load

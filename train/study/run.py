@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from train.files import replace_file
-from train.pairs import provenance, write_json
+from train.preferences.pairs import provenance, write_json
+from train.runtime.files import replace_file
 from train.study import report, task
 from train.study.arms import World, evaluate, run_arm
 from train.study.config import Arm, StudyConfig, chosen_arms, sized

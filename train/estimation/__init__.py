@@ -1,1 +1,0 @@
-"""Memory and FLOPs of a step, from a model's configuration alone."""

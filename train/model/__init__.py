@@ -1,0 +1,1 @@
+"""The policy: loading, adapters, attention, the fused head, export."""

@@ -1,0 +1,1 @@
+"""From prompts to preference pairs: sample, judge, rank; every stage before training."""

@@ -1,0 +1,1 @@
+"""What a run runs in: ranks, signals, files, profiles, the report."""
