@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import registry
 from benchmarks.registry import Call, Case, Outputs
+from train.sizing.head_memory import status_bytes
 
 MIB = 2**20
 # A sample repeats a short call for this long; a call longer than LONG_CALL is not warmed up again
@@ -148,13 +149,6 @@ def refusal(predicted_bytes: int, device: str) -> str:
     return f"needs {predicted_bytes / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 def _reset_peak() -> bool:
     """Set the peak of the resident set to its present size; False where that is not possible."""
     try:
@@ -166,7 +160,7 @@ def _reset_peak() -> bool:
 
 def _peak_bytes(was_reset: bool) -> int:
     if was_reset:
-        return _status_bytes("VmHWM")
+        return status_bytes("VmHWM")
     # Without a reset the peak of the whole life of the process: an upper bound.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -194,7 +188,7 @@ class ResidentPeak:
     def __init__(self) -> None:
         _return_freed_memory()
         self._was_reset = _reset_peak()
-        self._before = _status_bytes("VmRSS") if self._was_reset else _peak_bytes(False)
+        self._before = status_bytes("VmRSS") if self._was_reset else _peak_bytes(False)
 
     def above(self) -> int:
         return _peak_bytes(self._was_reset) - self._before

@@ -193,7 +193,7 @@ def test_unknown_head(policy):
     weight = nn.Parameter(torch.randn(cases.VOCAB, 32, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"GradStats\(model, head=module"), stats.collect(batch):
         linear_logprobs(policy.hidden(batch), weight, batch.target_T)
-    policy.backend = "reference"
+    policy.impl = "reference"
     with pytest.raises(ValueError, match="'reference' cannot serve"), stats.collect(batch):
         policy(batch)
 

@@ -29,6 +29,7 @@ from train.preferences.prompts import parse_object
 from train.runtime import parallel
 from train.runtime.files import replace_file, sha256
 from train.runtime.parallel import ALONE, World, whole
+from train.runtime.settings import differences
 from train.steps import MicroBatch, StepPlan
 
 FORMAT = 1
@@ -102,13 +103,7 @@ class ReferenceCache:
         Raises:
             ValueError: naming each key that differs, what was expected and what was found.
         """
-        names = sorted({*expected, *self.fingerprint})
-        wrong = [
-            f"{name}: expected {expected.get(name)!r} (this command), got "
-            f"{self.fingerprint.get(name)!r} (the scores)"
-            for name in names
-            if expected.get(name) != self.fingerprint.get(name)
-        ]
+        wrong = differences(expected, self.fingerprint, "this command", "the scores")
         if wrong:
             # Weights that FSDP2 casts are not those that autocast casts.
             how = "under" if expected.get("casts") == "fsdp" else "without"

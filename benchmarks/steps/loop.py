@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.steps.inputs import StepInputs
 from train import reference
-from train.model.head import FusedHeadLM
+from train.model.head import FusedHeadLM, workspace_bytes
 from train.model.models import attention_of
 from train.runtime import parallel
 from train.trainer import Trainer
@@ -35,7 +35,7 @@ class LoopStep:
         policy = FusedHeadLM(
             # FSDP2 casts the weights as it gathers them, as `train.model.head.build_policy` has it.
             model, compute_dtype=compute if world.mesh is None else model.dtype,
-            workspace_bytes=cfg.train.workspace_mib * 2**20,
+            workspace_bytes=workspace_bytes(cfg),
         )  # fmt: skip
         if world.mesh is not None:
             policy.run_device = world.device

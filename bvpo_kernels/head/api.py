@@ -10,14 +10,12 @@ from torch import Tensor
 from bvpo_kernels import backends, ops, scope
 from bvpo_kernels.call import Call, Inputs
 from bvpo_kernels.head import certificate
+from bvpo_kernels.head.cost import default_workspace
 from bvpo_kernels.ops.derivatives import check_reverse_mode
 from bvpo_kernels.oracles import logprobs as oracle
 from bvpo_kernels.oracles import tail as sparse_oracle
 from bvpo_kernels.types import IGNORE_INDEX
 
-DEFAULT_WORKSPACE_BYTES = 128 * 2**20
-# Room for dH in fp32 up to 32 768 tokens of D = 4096: below that the backward costs 10 TVD.
-DEFAULT_CUDA_WORKSPACE_BYTES = 2**30
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -262,7 +260,6 @@ def linear_logprobs(
     al., arXiv 2106.09685.
     """
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    default = DEFAULT_CUDA_WORKSPACE_BYTES if device == "cuda" else DEFAULT_WORKSPACE_BYTES
     inputs = Inputs(hidden, weight, target, bias, *(lora or (None, None)))
     sharded = False
     if getattr(weight, "placements", None) is not None:  # a DTensor, whose module is slow to import
@@ -272,8 +269,9 @@ def linear_logprobs(
         if not sharded:
             inputs = vocab_parallel.unwrap(inputs)
     call = Call(
-        temperature, softcap, ignore_index, default if workspace_bytes is None else workspace_bytes,
-        max_scored, tail_tolerance, return_entropy, impl,
+        temperature, softcap, ignore_index,
+        default_workspace(device) if workspace_bytes is None else workspace_bytes, max_scored,
+        tail_tolerance, return_entropy, impl,
     )  # fmt: skip
     if isinstance(hidden, Tensor):
         inputs = _autocast(inputs)

@@ -230,7 +230,7 @@ def test_identity_names_options_and_data():
     assert found["optim.lr"] == "5e-07"
     assert found["weights"] == "abc"
     assert {"training units", "held-out units", "train.max_steps", "alpha.fixed"} <= set(found)
-    cfg.run_dir, cfg.checkpoint.keep_latest, cfg.train.workspace_mib = "elsewhere", 7, 1
+    cfg.run_dir, cfg.checkpoint.keep_latest, cfg.train.head_workspace_mib = "elsewhere", 7, 1
     assert run_identity(cfg, [], [], "abc") == found
     cfg.optim.betas = (0.9, 0.95)
     assert run_identity(cfg, [], [], "abc") != found

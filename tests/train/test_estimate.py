@@ -15,7 +15,7 @@ from bvpo_kernels.packing import pack
 from bvpo_kernels.types import EMPTY, TRACE, TokenPair, Unit
 from train import cli
 from train.config import AlphaConfig, EstimateConfig
-from train.model.head import FusedHeadLM
+from train.model.head import FusedHeadLM, workspace_bytes
 from train.online import online_reference
 from train.runtime.parallel import checkpoint_activations
 from train.sizing.estimate import GIB, advise, estimate, run, table
@@ -41,7 +41,7 @@ def one_unit(tokens: int) -> Unit:
 
 def plan(tmp_path, tokens=512, checkpoint=None, attention="sdpa", compute="float32"):
     """A configuration whose step is one micro-batch of one unit, and whose workspace is small."""
-    cfg = make_cfg(tmp_path, units_per_step=1, tokens_per_micro_batch=tokens, workspace_mib=1)
+    cfg = make_cfg(tmp_path, units_per_step=1, tokens_per_micro_batch=tokens, head_workspace_mib=1)
     cfg.train.checkpoint_layers = checkpoint
     cfg.model.attention, cfg.model.compute_dtype = attention, compute
     return cfg
@@ -50,8 +50,8 @@ def plan(tmp_path, tokens=512, checkpoint=None, attention="sdpa", compute="float
 def build(cfg, config_class, **options) -> FusedHeadLM:
     model = tiny_model(config_class, attention=cfg.model.attention, **WIDE, **options)
     policy = FusedHeadLM(
-        model, compute_dtype=getattr(torch, cfg.model.compute_dtype), backend="eager",
-        workspace_bytes=cfg.train.workspace_mib * 2**20,
+        model, compute_dtype=getattr(torch, cfg.model.compute_dtype), impl="eager",
+        workspace_bytes=workspace_bytes(cfg),
     )  # fmt: skip
     policy.train()
     checkpoint_activations(model, cfg.train.checkpoint_layers)
@@ -190,15 +190,15 @@ def test_decoder_flops_are_those_that_torch_counts(tmp_path, attention, checkpoi
     assert counted == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
-@pytest.mark.parametrize("workspace_mib", [64, 1])
-def test_head_flops_are_those_that_torch_counts(tmp_path, workspace_mib):
+@pytest.mark.parametrize("head_workspace_mib", [64, 1])
+def test_head_flops_are_those_that_torch_counts(tmp_path, head_workspace_mib):
     """In bf16, whose dH needs an accumulator: 8 TVD, and 10 where that is beyond the workspace."""
     cfg = plan(tmp_path, 4096, None, "sdpa", "bfloat16")
-    cfg.train.workspace_mib = workspace_mib
+    cfg.train.head_workspace_mib = head_workspace_mib
     config = tiny_model(**WIDE).config
     compute = estimate(cfg, 1, config=config).compute
     hidden, weight = torch.randn(4096, 64).bfloat16(), torch.randn(VOCAB, 64).bfloat16()
-    call = Call(workspace_bytes=workspace_mib * 2**20)
+    call = Call(workspace_bytes=head_workspace_mib * 2**20)
     target = torch.zeros(4096, dtype=torch.long)
 
     def added_in_place(_, left, right, out_shape=None):

@@ -12,7 +12,7 @@ from transformers import Qwen3Config
 from bvpo_kernels.packing import pack
 from train.config import AdapterConfig, AlphaConfig, EstimateConfig
 from train.model.adapters import add_adapters, is_adapter
-from train.model.head import FusedHeadLM
+from train.model.head import FusedHeadLM, workspace_bytes
 from train.online import online_reference
 from train.runtime.parallel import checkpoint_activations, decoder_layers
 from train.sizing.estimate import estimate
@@ -33,8 +33,8 @@ def adapted(tmp_path, checkpoint=None, attention="eager", dtype="float32", **opt
     )
     model = add_adapters(base, cfg.adapter, seed=0)
     policy = FusedHeadLM(
-        model, compute_dtype=getattr(torch, dtype), backend="eager",
-        workspace_bytes=cfg.train.workspace_mib * 2**20,
+        model, compute_dtype=getattr(torch, dtype), impl="eager",
+        workspace_bytes=workspace_bytes(cfg),
     )  # fmt: skip
     policy.train()
     checkpoint_activations(model, checkpoint)

@@ -49,14 +49,14 @@ def test_advice_is_judged_from_the_configuration(tmp_path):
     first, *rest = advice(cfg, 1)
     assert first.startswith("train.checkpoint_layers 1")
     assert any("train.tokens_per_micro_batch below 4096" in text for text in rest)
-    assert any("train.workspace_mib below 128" in text for text in rest)
+    assert any("train.head_workspace_mib below 128" in text for text in rest)
     assert any("more ranks" in text for text in rest)
     assert not any("parallel." in text for text in rest)
-    cfg.train.checkpoint_layers, cfg.train.workspace_mib = 1, 32
+    cfg.train.checkpoint_layers, cfg.train.head_workspace_mib = 1, 32
     cfg.parallel.reshard_after_forward, cfg.parallel.replicate = False, 2
     text = "; ".join(advice(cfg, 4))
     assert "checkpoint_layers" not in text
-    assert "workspace_mib" not in text
+    assert "head_workspace_mib" not in text
     assert "parallel.reshard_after_forward true" in text
     assert "parallel.replicate 1" in text
     assert "more ranks" not in text

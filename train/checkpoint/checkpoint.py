@@ -41,6 +41,7 @@ from train.checkpoint.state import rng_state, seed_rng, set_rng_state
 from train.config import CheckpointConfig
 from train.runtime.files import sha256, sync_folder, write_synced
 from train.runtime.parallel import World
+from train.runtime.settings import differences
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -260,12 +261,7 @@ def check_identity(got: Mapping[str, str], expected: Mapping[str, str], path: Pa
     Raises:
         ValueError: naming each entry of `expected` or `got` that differs.
     """
-    wrong = [
-        f"{name}: expected {expected.get(name)} (this command), got {got.get(name)} (the "
-        f"checkpoint)"
-        for name in sorted({*expected, *got})
-        if expected.get(name) != got.get(name)
-    ]
+    wrong = differences(expected, got, "this command", "the checkpoint")
     if wrong:
         raise ValueError(
             f"{path}: the checkpoint belongs to another run ({'; '.join(wrong)}); go on with the "

@@ -32,7 +32,7 @@ from train.preferences.pairs import data_fingerprint
 MAY_CHANGE = (
     "run_dir", "dry_run", "checkpoint", "profile", "prompts", "sample", "rank", "model.name",
     "model.gguf_file", "train.pairs", "train.check_tokenizer", "train.eval_every",
-    "train.measure_head_memory", "train.workspace_mib", "train.head_backend",
+    "train.measure_head_memory", "train.head_workspace_mib", "train.head_impl",
     "train.tokens_per_micro_batch",
     "train.checkpoint_layers", "parallel.replicate", "parallel.reshard_after_forward",
     "parallel.cpu_offload", "parallel.sync_every_micro_batch",

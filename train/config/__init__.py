@@ -235,8 +235,9 @@ class TrainConfig:
     holdout: share of the units kept for evaluation.
     checkpoint_layers: n recomputes every n-th decoder layer in the backward (1: all of them)
     instead of keeping its activations, null keeps all. eval_every: steps between evaluations; null:
-    before the first and after the last. head_backend: `impl` of `linear_logprobs`.
-    workspace_mib: the LM head's temporary memory. tail_tolerance: that of `linear_logprobs`, 0
+    before the first and after the last. head_impl: `impl` of `linear_logprobs`.
+    head_workspace_mib: the LM head's temporary memory; null: the default of `linear_logprobs`, more
+    on a GPU. tail_tolerance: that of `linear_logprobs`, 0
     being the exact backward (which runs too while `alpha.estimate` measures the head).
     liger: RMSNorm, RoPE and SwiGLU of liger-kernel on a GPU, "auto" where it is installed.
     measure_head_memory: at the end, compare the head's memory with a naive head's.
@@ -251,8 +252,8 @@ class TrainConfig:
     holdout: float = 0.2
     checkpoint_layers: int | None = None
     eval_every: int | None = None
-    head_backend: str = "auto"
-    workspace_mib: int = 128
+    head_impl: str = "auto"
+    head_workspace_mib: int | None = None
     tail_tolerance: float = 0.0
     liger: Literal["auto", "off", "on"] = "auto"
     measure_head_memory: bool = False

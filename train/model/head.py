@@ -39,7 +39,7 @@ class FusedHeadLM(nn.Module):
         model: a causal LM of transformers, or peft's LoRA around one. Its decoder must read packed
             rows, that is, keep the segments apart by `position_ids`; `self_check` finds out.
         compute_dtype: autocast dtype of the forward; None, or the dtype of the parameters, is none.
-        backend: `impl` of `linear_logprobs`.
+        impl: of `linear_logprobs`.
         workspace_bytes: bound on the head's temporary memory.
         tail_tolerance: that of `linear_logprobs`; 0 is the exact backward.
 
@@ -53,7 +53,7 @@ class FusedHeadLM(nn.Module):
         model: PreTrainedModel,
         *,
         compute_dtype: torch.dtype | None = None,
-        backend: str = "auto",
+        impl: str = "auto",
         workspace_bytes: int | None = None,
         tail_tolerance: float = 0.0,
     ) -> None:
@@ -63,7 +63,7 @@ class FusedHeadLM(nn.Module):
         # Adapters of half-precision weights are fp32.
         dtypes = {p.dtype for name, p in model.named_parameters() if adapters.is_adapter(name)}
         self.mixed = {model.dtype, *dtypes} != {self.compute_dtype}
-        self.backend = backend
+        self.impl = impl
         self.workspace_bytes = workspace_bytes
         self.tail_tolerance = tail_tolerance
         self.run_device: torch.device | None = None
@@ -113,7 +113,7 @@ class FusedHeadLM(nn.Module):
         logprobs_T, _ = head.logprobs(
             hidden_TD, target_T, return_entropy=False, temperature=self.transform.temperature,
             softcap=self.transform.softcap, workspace_bytes=self.workspace_bytes,
-            impl=self.backend, max_scored=max_scored, tail_tolerance=self.tail_tolerance,
+            impl=self.impl, max_scored=max_scored, tail_tolerance=self.tail_tolerance,
         )  # fmt: skip
         return logprobs_T
 
@@ -247,12 +247,18 @@ def _choose_attention(policy: FusedHeadLM, cfg: ModelConfig, liger: bool, world:
         print(f"attention: {chosen}{why}; liger: {'on' if liger else 'off'}")
 
 
+def workspace_bytes(cfg: RunConfig) -> int | None:
+    """Of the LM head; None: the library's default."""
+    mib = cfg.train.head_workspace_mib
+    return None if mib is None else mib * 2**20
+
+
 def _fuse(model: PreTrainedModel, cfg: RunConfig, compute_dtype: torch.dtype) -> FusedHeadLM:
     if cfg.adapter is not None:
         model = adapters.add_adapters(model, cfg.adapter, cfg.seed)
     return FusedHeadLM(
-        model, compute_dtype=compute_dtype, backend=cfg.train.head_backend,
-        workspace_bytes=cfg.train.workspace_mib * 2**20, tail_tolerance=cfg.train.tail_tolerance,
+        model, compute_dtype=compute_dtype, impl=cfg.train.head_impl,
+        workspace_bytes=workspace_bytes(cfg), tail_tolerance=cfg.train.tail_tolerance,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from train.preferences.modes import KIND_OF_MODE, THINKING, build_prompts, rende
 from train.preferences.pairs import meta_path, provenance, write_json
 from train.preferences.prompts import Prompt, load_prompts, parse_object
 from train.preferences.responses import drop_unfinished_line, finished_prompts, responses_path
+from train.runtime.settings import differences
 
 
 def settings(cfg: RunConfig, tokenizer: Any) -> dict[str, Any]:
@@ -55,11 +56,7 @@ def check_settings(current: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"{path}: expected its sidecar {sidecar.name} beside it, got none")
     stored = parse_object(sidecar.read_bytes(), str(sidecar)).get("settings", {})
     plain = json.loads(json.dumps(current))
-    differing = [
-        f"{name}: expected {stored.get(name)!r}, got {plain.get(name)!r}"
-        for name in sorted({*stored, *plain})
-        if stored.get(name) != plain.get(name)
-    ]
+    differing = differences(stored, plain, "the samples", "this command")
     if differing:
         raise ValueError(
             f"{path}: was sampled with other settings (use another run_dir or the same settings): "

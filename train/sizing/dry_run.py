@@ -22,7 +22,7 @@ def planned(
 ) -> str:
     """Lines for the main rank: units, steps, the first step, and memory, estimated and held."""
     first = plan[0]
-    result = estimate(cfg, world.size, config=policy.model.config)
+    result = estimate(cfg, world.size, config=policy.model.config, device=world.device.type)
     memory = result.memory
     return "\n".join(
         [

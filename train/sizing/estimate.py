@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from transformers import PretrainedConfig
 
+from bvpo_kernels.backends.eager.grad_stats import scratch_bytes
+from bvpo_kernels.head.cost import HeadShape, default_workspace, scored_flops, trained_flops
 from train.config import RunConfig
 from train.model.adapters import check
 from train.model.attention import AUTO
@@ -27,8 +29,6 @@ from train.sizing.trace import (
 
 Run = TypeVar("Run", bound=RunConfig)
 GIB = 2**30
-# Scratch of a layer's gradients per group (`eager.grad_stats.TILE_BYTES`), and its reduction's.
-STATISTICS_TILES = 2 * 16 * 2**20
 # FLOPs of attention's backward over its forward: QK^T once more than the plain one's two.
 FUSED_BACKWARD, PLAIN_BACKWARD = 2.5, 2.0
 
@@ -113,12 +113,14 @@ def count_micro_batches(cfg: RunConfig, gpus: int, segments: int) -> int:
     return -(-packs // gpus)
 
 
-def _statistics(cfg: RunConfig, size: Sizes, groups: int, micro_batches: int, matrices: int) -> int:
+def _statistics(
+    cfg: RunConfig, size: Sizes, groups: int, micro_batches: int, matrices: int, device: str
+) -> int:
     """Of `GradStats`: tiles of the groups' gradients, dH in fp32, and what is kept of them."""
     options = cfg.alpha.estimate
     if options is None or options.mode == "norm":
         return 0
-    scratch = STATISTICS_TILES if options.mode == "exact" else 0
+    scratch = scratch_bytes(device) if options.mode == "exact" else 0
     scratch += 4 * cfg.train.tokens_per_micro_batch * size.head[1]
     if options.mode == "exact" and options.cross == "exact":
         return scratch + 2 * 4 * size.trained  # one gradient per kind
@@ -171,16 +173,14 @@ def _compute(cfg: RunConfig, size: Sizes, segments: int, micro_batches: int) -> 
     forward = per_pair * (tokens**2 if quadratic else needed)
     backward = PLAIN_BACKWARD if cfg.model.attention == "eager" else FUSED_BACKWARD
     vocab, dim = size.head
-    product = 2 * tokens * vocab * dim
-    adapter = 2 * tokens * size.head_rank * (vocab + dim)
-    fits = _itemsize(cfg.model.compute_dtype) == 4 or (
-        4 * tokens * dim <= cfg.train.workspace_mib * 2**20 // 2
-    )
-    head = (4 if fits else 5) * product if size.head_trained else 2 * product
-    if size.head_rank:  # `lora_logprobs` forms the logits twice; B's gradient is a fourth product
-        head = 3 * (product + adapter) + 2 * tokens * size.head_rank * vocab
+    shape = HeadShape(tokens, dim, vocab, size.head_rank)
+    product, scores = 2 * tokens * vocab * dim, scored_flops(shape)
+    assert cfg.train.head_workspace_mib is not None, "resolved by `estimate`"
+    dtype = getattr(torch, cfg.model.compute_dtype)
+    workspace = cfg.train.head_workspace_mib * 2**20
+    head = trained_flops(shape, dtype, workspace, weight=size.head_trained)
     linear, weights = 2 * size.matrices * tokens, 2 * size.trained_matrices * tokens
-    scored = linear + forward + product + adapter
+    scored = linear + forward + scores
     if cfg.reference == "adapter_off":
         scored -= weights
     return Compute(
@@ -194,7 +194,7 @@ def _compute(cfg: RunConfig, size: Sizes, segments: int, micro_batches: int) -> 
         * (
             2 * linear
             + weights
-            + 3 * (per_pair * needed + adapter)
+            + 3 * (per_pair * needed + scores - product)
             + (3 if size.head_trained else 2) * product
         ),
     )
@@ -208,11 +208,13 @@ def with_attention(cfg: Run) -> Run:
 
 
 def estimate(
-    cfg: RunConfig, gpus: int, segments: int = 4, config: PretrainedConfig | None = None
-) -> Estimate:
+    cfg: RunConfig, gpus: int, segments: int = 4, config: PretrainedConfig | None = None,
+    device: str = "cuda",
+) -> Estimate:  # fmt: skip
     """Memory and FLOPs of one rank, from shapes alone.
 
     Args:
+        device: its type, by which the library chooses workspaces.
         config: of the model; None: what `model.name` says.
 
     Raises:
@@ -220,6 +222,9 @@ def estimate(
     """
     check(cfg)
     cfg = with_attention(cfg)
+    if cfg.train.head_workspace_mib is None:
+        mib = default_workspace(device) // 2**20
+        cfg = replace(cfg, train=replace(cfg.train, head_workspace_mib=mib))
     _shards(cfg, gpus)
     if segments < 1:
         raise ValueError(f"segments: expected a number >= 1, got {segments}")
@@ -230,7 +235,8 @@ def estimate(
         used = trace(policy, cfg, gpus > 1)
         matrices = sum(p.ndim > 1 and p.requires_grad for p in policy.parameters())
     # A unit's pair of each kind is a group of two segments.
-    statistics = _statistics(cfg, size, -(-segments // 2), micro_batches, matrices)
+    groups = -(-segments // 2)
+    statistics = _statistics(cfg, size, groups, micro_batches, matrices, device)
     memory = _memory(cfg, size, used, gpus, micro_batches, statistics)
     return Estimate(size, memory, _compute(cfg, size, segments, micro_batches), micro_batches)
 

@@ -26,7 +26,7 @@ MIB = 2**20
 _WARM_UP_ROWS = 8
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     """A memory field of this process: VmRSS is what it holds, VmHWM the most it ever held."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field + ":"):
@@ -54,9 +54,9 @@ def measure(head: str, inputs: Path) -> int:
     _step(head, hidden_TD[rows], weight_VD, tensors["target"][rows])
     hidden_TD.grad = weight_VD.grad = None
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     _step(head, hidden_TD, weight_VD, tensors["target"])
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 @torch.no_grad()

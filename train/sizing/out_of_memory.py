@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from bvpo_kernels.head.cost import default_workspace
 from train.config import RunConfig
 from train.runtime.files import replace_file
 
@@ -67,8 +68,10 @@ def advice(cfg: RunConfig, ranks: int) -> list[str]:
         f"train.tokens_per_micro_batch below {train.tokens_per_micro_batch}: activations are in "
         f"proportion to it, down to the longest unit"
     )
-    if train.workspace_mib > 64:
-        found.append(f"train.workspace_mib below {train.workspace_mib}: the LM head's own memory")
+    default = default_workspace("cuda" if torch.cuda.is_available() else "cpu") // MIB
+    workspace = train.head_workspace_mib or default
+    if workspace > 64:
+        found.append(f"train.head_workspace_mib below {workspace}: the LM head's own memory")
     if ranks > 1 and not parallel.reshard_after_forward:
         found.append("parallel.reshard_after_forward true frees gathered layers")
     if ranks > 1 and not parallel.sync_every_micro_batch:

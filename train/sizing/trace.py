@@ -22,7 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from train.config import ModelConfig, RunConfig
 from train.model.adapters import is_adapter, wrapped
-from train.model.head import FusedHeadLM
+from train.model.head import FusedHeadLM, workspace_bytes
 from train.model.models import readable_errors, resolve
 from train.runtime.parallel import checkpoint_activations, decoder_layers
 
@@ -185,8 +185,8 @@ def fake_policy(config: PretrainedConfig, cfg: RunConfig, sharded: bool) -> Iter
         if cfg.adapter is not None:
             _fake_in_place(model)
         policy = FusedHeadLM(
-            model, compute_dtype=compute, backend="eager",
-            workspace_bytes=cfg.train.workspace_mib * 2**20,
+            model, compute_dtype=compute, impl="eager",
+            workspace_bytes=workspace_bytes(cfg),
             tail_tolerance=cfg.train.tail_tolerance,
         )  # fmt: skip
         policy.train()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from train.preferences.pairs import provenance, write_json
 from train.runtime.files import replace_file
+from train.runtime.settings import differences
 from train.study import report, task
 from train.study.arms import World, evaluate, run_arm
 from train.study.config import Arm, StudyConfig, chosen_arms, sized
@@ -42,11 +43,7 @@ def check_settings(cfg: StudyConfig, path: Path) -> None:
         write_json(path, {"settings": settings, **made, **provenance()})
         return
     stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    wrong = [
-        f"{name}: expected {stored.get(name)}, got {settings.get(name)}"
-        for name in sorted({*stored, *settings})
-        if stored.get(name) != settings.get(name)
-    ]
+    wrong = differences(stored, settings, "the results", "this command")
     if wrong:
         raise ValueError(f"out: {path.parent} holds results of other settings: {'; '.join(wrong)}")
 

@@ -92,6 +92,11 @@ def group_bounds(plan: Plan, rows: int) -> list[tuple[int, int]]:
     return [(start * per_token, end * per_token) for start, end in tokens]
 
 
+def scratch_bytes(device: str) -> int:
+    """Of a layer's group gradients at most: their tiles, once more while these are put together."""
+    return 2 * (GPU_TILE_BYTES if device == "cuda" else TILE_BYTES)
+
+
 def tile_rows(groups: int, dim: int, itemsize: int, device: torch.device) -> int:
     size = GPU_TILE_BYTES if device.type == "cuda" else TILE_BYTES
     return max(size // (groups * dim * itemsize), MIN_TILE_ROWS)
