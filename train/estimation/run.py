@@ -177,7 +177,7 @@ def _compute(cfg: RunConfig, size: Sizes, segments: int, micro_batches: int) -> 
         4 * tokens * dim <= cfg.train.workspace_mib * 2**20 // 2
     )
     head = (4 if fits else 5) * product if size.head_trained else 2 * product
-    if size.head_rank:  # `lora_logprobs` forms the logits twice; B's gradient is a fourth product
+    if size.head_rank:  # the logits are formed twice; B's gradient is a fourth product
         head = 3 * (product + adapter) + 2 * tokens * size.head_rank * vocab
     linear, weights = 2 * size.matrices * tokens, 2 * size.trained_matrices * tokens
     scored = linear + forward + product + adapter
