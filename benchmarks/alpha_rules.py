@@ -2,7 +2,8 @@
 
 Regret is MSE(weight) / MSE(a*), the weight known after S steps of B simulated units and the errors
 those of step S + 1. Rules move from `INITIAL` towards the estimate; what they see is what
-`AlphaEstimator` sees. CPU, a minute, the same numbers every time (to the rounding of the CPU).
+`AlphaEstimator` sees. CPU, a minute, the same numbers every time (to the rounding of the CPU). The
+tables stand in bvpo_kernels/mixing/README.md.
 
 Suffixes: R repetitions, B units, K the kinds trace and empty, D parameters.
 """
@@ -326,7 +327,7 @@ def steps_table(table: pd.DataFrame, rule: str) -> str:
 
 
 def main(repetitions: int = 64, out: Path = records.RESULTS) -> None:
-    """Simulate, write alpha_rules.csv and print the tables.
+    """Simulate, write alpha_rules.csv and print the tables of bvpo_kernels/mixing/README.md.
 
     Args:
         repetitions: of each truth and batch size.

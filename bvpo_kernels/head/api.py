@@ -220,7 +220,7 @@ def linear_logprobs(
         hidden: [T, D], bf16, fp16, fp32 or fp64. T = 0 is allowed.
         weight: [V, D], dtype and device of `hidden`. Any V and D. A DTensor with Shard(0) is a
             vocabulary spread over ranks that all hold the same `hidden` and `target`: every rank
-            gets the same result, and its own rows of dW (`bvpo_kernels/vocab_parallel.py`).
+            gets the same result, and its own rows of dW (`bvpo_kernels/head/sharded.py`).
         target: [T], int64 or int32, in [0, V), or `ignore_index` for a row that is not scored.
         bias: [V] or None, any float dtype.
         lora: (x, B) of logits [h, x] [W, B]^T + b: with x = s h A^T, [T, R], plain torch, through

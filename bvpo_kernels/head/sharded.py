@@ -1,7 +1,7 @@
 """`linear_logprobs` for a weight that is a DTensor: a head whose vocabulary is spread over ranks.
 
 Every rank holds the same tokens and some rows of W. It runs an ordinary backend on them, and
-numbers per token are exchanged, never logits. DESIGN.md section 5, "A sharded vocabulary".
+numbers per token are exchanged, never logits. Derivation: bvpo_kernels/head/README.md.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def credibility(denominator: Number, variance: Number, freedom: float) -> Number
         freedom: degrees of freedom of v.
 
     Source: the credibility factor (Buehlmann, ASTIN Bulletin 4, 1967); chosen among other rules by
-    simulated regret (`python -m benchmarks.alpha_rules`; DESIGN.md, section 10).
+    simulated regret (`python -m benchmarks.alpha_rules`; tables: bvpo_kernels/mixing/README.md).
     """
     if freedom <= 2:
         return 0 * denominator

@@ -45,7 +45,7 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.logprobs` with the backward of the rule in DESIGN.md, section 12.
+    """`oracles.logprobs` with the backward of the rule in DESIGN.md, section 12.
 
     Every list is as short as the tolerance allows and none costs too much, so every token is
     sparse. Returns the log-probabilities, the probability left out and the number of entries.

@@ -1,5 +1,5 @@
 // linear_logprobs' backward with the statistics of its weight gradient: outputs and registration.
-// The schema is defined in bvpo_kernels/grad_stats/ops.py.
+// The schema is defined in bvpo_kernels/backends/extensions.py.
 
 #include <torch/library.h>
 

@@ -1,5 +1,5 @@
 // linear_logprobs on the CPU: outputs, schedules, and registration.
-// Schemas are defined in bvpo_kernels/ops.py.
+// Schemas are defined in bvpo_kernels/backends/extensions.py.
 
 #include <torch/library.h>
 

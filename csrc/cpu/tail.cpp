@@ -1,5 +1,5 @@
 // linear_logprobs with tail_tolerance > 0 on the CPU: outputs, the choice of the sparse tokens, and
-// registration. Schemas are defined in bvpo_kernels/tail/ops.py; the rule is DESIGN.md's, section 12.
+// registration. Schemas: bvpo_kernels/backends/extensions.py; the rule: DESIGN.md, section 12.
 
 #include <torch/library.h>
 

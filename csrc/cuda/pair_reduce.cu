@@ -1,4 +1,4 @@
-// Launcher of pair_reduce. The schema is defined in bvpo_kernels/ops.py.
+// Launcher of pair_reduce. The schema is defined in bvpo_kernels/backends/extensions.py.
 #include "pair_reduce.cuh"
 
 #include <optional>

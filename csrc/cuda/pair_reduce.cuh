@@ -1,7 +1,7 @@
 // total = w_t G_t + w_e G_e (with `add`, added to what it holds) and the three inner products of
-// (G_t, G_e), in one read: the CUDA twin of bvpo_kernels/kernels/grad_stats.py for two tiles. The
-// grid is persistent, but a partial belongs to a tile of fixed size and not to a block, so that the
-// result does not depend on the device.
+// (G_t, G_e), in one read: the CUDA twin of bvpo_kernels/backends/triton/grad_stats.py for two
+// tiles. The grid is persistent, but a partial belongs to a tile of fixed size and not to a block,
+// so that the result does not depend on the device.
 #pragma once
 
 #include <cstdint>
