@@ -105,7 +105,7 @@ def test_lines_say_what_holds():
     table = pd.DataFrame(
         [
             row(scores, "triton", 17.0), row(scores, "cuda", 19.0), row(scores, "Liger", 16.0),
-            row(scores, "TRL chunked", 40.0), row(frozen, "cuda", 37.0, extra=1025.0),
+            row(scores, "TRL chunked", 40.0), row(frozen, "triton", 37.0, extra=1025.0),
             row("V=1 pair_reduce", "cuda", 1.0, 0.84, unit="GB/s"),
             row("V=1 pair_reduce", "triton", 1.0, 0.86, unit="GB/s"),
         ],

@@ -105,7 +105,8 @@ def test_signs():
 
 
 def _plan(ranges: Tensor, exact: bool, sketch: int, num_kinds: int) -> tuple:
-    return ranges, torch.tensor([0, 1, 0]), torch.tensor(3), 2, exact, sketch, num_kinds, 1
+    scored = ranges.diff(dim=1)[:, 0]
+    return ranges, torch.tensor([0, 1, 0]), torch.tensor(3), scored, 2, exact, sketch, num_kinds, 1
 
 
 @pytest.mark.parametrize("kept", [(0, 0), (5, 0), (0, 2)])

@@ -373,7 +373,7 @@ def _bad(**changes):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"hidden": torch.zeros(2, 3, 24)}, ValueError, r"hidden: .*\[T, D\], got \(2"),
+        ({"hidden": torch.zeros(2, 3, 24)}, ValueError, r"hidden: .*\[T, D\], D >= 1, got \(2"),
         ({"hidden": [1.0]}, TypeError, "hidden: expected a Tensor, got list"),
         ({"hidden": torch.zeros(37, 24).long()}, TypeError, "hidden: .*got torch.int64"),
         ({"weight": torch.zeros(301, 23)}, ValueError, r"weight: expected shape \[V, 24\].*23"),

@@ -9,8 +9,8 @@ from tiny_runs import VOCAB, make_cfg, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Qwen3Config
 
-from bvpo_kernels import ops
-from bvpo_kernels.call import Call
+from bvpo_kernels.call import Call, Inputs, Kept, Need
+from bvpo_kernels.ops.head import SERVING
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import EMPTY, TRACE, TokenPair, Unit
 from train import cli
@@ -207,9 +207,10 @@ def test_head_flops_are_those_that_torch_counts(tmp_path, head_workspace_mib):
 
     more = {torch.ops.aten.addmm_: added_in_place}
     with FlopCounterMode(display=False, custom_mapping=more) as counter:
-        inputs = (hidden, weight, target, None, None, None)
-        *kept, _, _ = ops.linear_logprobs_forward(*inputs, *call, False)
-        ops.linear_logprobs_backward(torch.ones(4096), *inputs, *kept, *call, True, True, False)
+        inputs = Inputs(hidden, weight, target)
+        *kept, _, _ = SERVING["eager"].forward(inputs, call, False)
+        need = Need(hidden=True, weight=True, bias=False)
+        SERVING["eager"].backward(torch.ones(4096), inputs, Kept(*kept), call, need)
     assert compute.head == counter.get_total_flops()
 
 

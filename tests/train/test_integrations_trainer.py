@@ -1,7 +1,5 @@
 """`patch_model` under a plain transformers.Trainer: the same training and evaluation, no logits."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -107,19 +105,3 @@ def test_always_refuses_a_model_with_a_loss_of_its_own():
     with pytest.raises(ValueError, match=r"always: expected a model whose loss is the mean over"):
         patch_model(model, always=True)
     patch_model(model)
-
-
-def test_a_model_of_bvpo_trainer_can_be_copied():
-    """TRL's own head, a method in the instance, is taken off: copies would share it."""
-    trl_utils = pytest.importorskip("trl.trainer.utils")
-    from bvpo_kernels.integrations import trl
-
-    model, twin = make(), make()
-    trl_utils.add_fused_lm_head(model)
-    trl._drop_trl_head(model)
-    patch_model(model)
-    kept = copy.deepcopy(model)
-    with torch.no_grad():
-        model.lm_head.weight.add_(1.0)
-    ids = torch.arange(3, 11)[None]
-    assert torch.equal(kept(input_ids=ids).logits, twin(input_ids=ids).logits)

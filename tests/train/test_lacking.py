@@ -8,9 +8,9 @@ import torch
 from test_alpha import unit_gradients
 from tiny_runs import lacking, make_cfg, make_trainer, make_units, read_lines
 
+from bvpo_kernels import bvpo_loss, pack
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import Unit
-from train.alpha import kind_scale
 from train.config import AlphaConfig, EstimateConfig
 from train.steps import lacks_a_kind, make_step
 from train.trace_sum import check_traces
@@ -131,7 +131,11 @@ def test_extra_traces_of_a_unit_that_lacks_a_kind_are_not_read(tmp_path):
 
 
 def test_a_mean_is_divided_by_the_units_that_have_the_kind():
-    assert kind_scale(0.25, {"trace": 4, "empty": 3}) == {"trace": 0.0625, "empty": 0.25}
+    units = make_units(4)
+    batch = pack([lacking(units[0], "empty"), *units[1:]])
+    scores_S = torch.zeros(batch.num_segments)
+    scale = bvpo_loss(scores_S, scores_S, batch, 0.25).kind_scale
+    assert {k: float(v) for k, v in scale.items()} == {"trace": 0.0625, "empty": 0.25}
 
 
 @pytest.mark.parametrize(

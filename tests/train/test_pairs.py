@@ -83,7 +83,7 @@ def with_pair(**changes):
         (with_pair(chosen_reward=10**400), "chosen_reward: expected a finite number"),
         (with_pair(rejected_reward=True), "rejected_reward: expected a finite number, got True"),
         (with_pair(rejected_reward="1"), "rejected_reward: expected a finite number, got '1'"),
-        (unit("\ud800"), r"unit_id: expected characters that UTF-8 has, got '\\ud800'"),
+        (unit("\ud800"), r"'unit_id': expected Unicode text, got half of a surrogate"),
         ({"unit_id": None, "pairs": {}}, "unit_id: expected a text, got None"),
         ({"unit_id": "x", "pairs": None}, "pairs: expected an object .* got NoneType"),
         (unit("x", trace=None, empty=None), "expected at least one pair"),

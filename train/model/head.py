@@ -119,7 +119,7 @@ class FusedHeadLM(nn.Module):
 
     def choose_attention(self, names: Sequence[str]) -> str:
         """`attention_choice.choose` among `names` for this model; why some were passed over."""
-        batch = _probe_batch(self.model.config.get_text_config().vocab_size).to(self.device)
+        batch = _probe_batch(probe_ids(self.model.config, 16)).to(self.device)
         model = adapters.base_model(self.model)
         return choose(model, names, lambda: self.hidden(batch))
 

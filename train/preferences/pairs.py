@@ -131,12 +131,6 @@ def _unit(record: Mapping[str, Any], where: str) -> Unit:
     unit_id, by_kind = record.get("unit_id"), record.get("pairs")
     if not isinstance(unit_id, str) or not unit_id:
         raise ValueError(f"{where}: unit_id: expected a text, got {unit_id!r}")
-    try:
-        unit_id.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{where}: unit_id: expected characters that UTF-8 has, got {unit_id!r}"
-        ) from None
     kinds = (*KINDS, MARGINAL)
     if not isinstance(by_kind, dict) or not set(by_kind) <= set(kinds):
         got = sorted(by_kind) if isinstance(by_kind, dict) else type(by_kind).__name__
