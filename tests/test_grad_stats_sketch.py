@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bvpo_kernels.backends.eager import grad_stats as eager
+from bvpo_kernels.call import Call, Inputs
 from bvpo_kernels.grad_stats import GradStats
 from bvpo_kernels.types import Unit
 from train.model.head import FusedHeadLM
@@ -133,11 +134,9 @@ def test_opcheck(exact, impl, kept):
         torch.library.opcheck(arguments[0].default, (*arguments[1:], *plan), test_utils=checks)
     hidden, weight, target = dy, torch.randn(11, 6).bfloat16(), torch.arange(9)
     target[4] = -100
-    logprobs, max_T, logsum, _, _ = op.linear_logprobs_forward(
-        hidden, weight, target, weight[:, 0], 1.0, None, -100, 1000, False, False, "eager"
-    )
-    call = (
-        torch.randn(9), hidden, weight, target, weight[:, 0].clone(), logprobs, max_T, logsum, 1.0,
-        None, -100, 1000, impl, True, True, True, rows,
-    )  # fmt: skip
+    inputs = Inputs(hidden, weight, target, weight[:, 0].clone())
+    options = Call(workspace_bytes=1000)
+    *kept, _, _ = op.linear_logprobs_forward(*inputs, *options, False)
+    need = (True, True, True)
+    call = (torch.randn(9), *inputs, *kept, *options._replace(impl=impl), *need, rows)
     torch.library.opcheck(op.linear_logprobs_statistics.default, (*call, *plan), test_utils=checks)

@@ -16,11 +16,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from train.checkpoint.checkpoint.state_files import read_state
 
 from train.alpha import FixedAlpha
 from train.checkpoint.checkpoint import Checkpointer, checkpoint, checkpoints, find_defect
 from train.checkpoint.state import MAY_CHANGE, TrainState, model_tensors, run_identity
+from train.checkpoint.state_files import read_state
 from train.config import CheckpointConfig, RunConfig
 from train.runtime.parallel import ALONE, World
 

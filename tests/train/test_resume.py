@@ -15,9 +15,9 @@ from ranks import Case
 from safetensors.torch import load_file
 from test_checkpoint import flip
 from tiny_runs import make_units, read_lines
-from train.checkpoint.checkpoint.state_files import read_state
 
 from train.checkpoint.checkpoint import checkpoints
+from train.checkpoint.state_files import read_state
 from train.runtime import report
 from train.trainer import Trainer
 

@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.checkpoint.checkpoint.state_files import (
+from train.checkpoint.state import rng_state, seed_rng, set_rng_state
+from train.checkpoint.state_files import (
     METADATA,
     VALUES,
     copy_to_host,
@@ -37,7 +38,6 @@ from train.checkpoint.checkpoint.state_files import (
     split_state,
     write_tensors,
 )
-from train.checkpoint.state import rng_state, seed_rng, set_rng_state
 from train.config import CheckpointConfig
 from train.runtime.files import sha256, sync_folder, write_synced
 from train.runtime.parallel import World

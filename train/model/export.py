@@ -18,8 +18,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from train.checkpoint.checkpoint import checkpoints, find_defect, read_manifest
-from train.checkpoint.checkpoint.state_files import read_state
 from train.checkpoint.state import load_model_tensors, model_tensors
+from train.checkpoint.state_files import read_state
 from train.config import ExportConfig
 from train.model.adapters import base_model, base_name, is_adapter, merged
 from train.model.head import build_policy
