@@ -324,7 +324,8 @@ class GradStats:
         """Bring the kind sums so far to other factors of the losses: micro-batches may differ in
         theirs, as where each loss is the mean over a number of pairs of its own."""
         old, self._kind_scales = self._kind_scales, scales
-        if self._kind_sums is None or old == scales:
+        # Without factors so far there were fillers at most, whose sums are 0.
+        if self._kind_sums is None or old in ((), scales):
             return
         for leaf in self._kind_sums:
             if leaf is not None and leaf.grad is not None:
