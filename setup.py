@@ -90,8 +90,10 @@ def optional_build():
                 except Exception as error:
                     lines = str(error).strip().splitlines() or [repr(error)]
                     language = "CUDA" if extension.name.endswith("_cuda") else "C++"
-                    say(f"the {language} kernels could not be built ({lines[-1]}); "
-                        "the other backends work")  # fmt: skip
+                    say(
+                        f"the {language} kernels could not be built ({lines[-1]}); "
+                        "the other backends work"
+                    )
             self.extensions = built
 
     return OptionalBuild

@@ -308,9 +308,8 @@ def rules_table(table: pd.DataFrame) -> str:
     """All rules: mean regret over truths, batch sizes and numbers of steps, and the worst case."""
     few = table["steps"] <= 4
     means = [
-        part.groupby("rule", sort=False)["mean"].mean()
-        for part in (table[few], table[~few], table)
-    ]  # fmt: skip
+        part.groupby("rule", sort=False)["mean"].mean() for part in (table[few], table[~few], table)
+    ]
     worst = table.groupby("rule", sort=False)["worst_against_initial"].max()
     rows = [[rule, *(f"{values[rule]:.3f}" for values in (*means, worst))] for rule in RULES]
     headers = ["weight", "1 to 4 steps", "8 to 100 steps", "all", "worst, initial = 1"]

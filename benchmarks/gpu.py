@@ -123,12 +123,14 @@ def lines(table: pd.DataFrame) -> pd.DataFrame:
         for peer in ("Liger", "TRL chunked"):
             if peer in part.index:
                 theirs = part.loc[peer, "ms"]
-                rows.append((f"{mode}: ms, {peer}", f"<= {theirs:.3g}", best["ms"],
-                             best["ms"] <= theirs))  # fmt: skip
+                rows.append(
+                    (f"{mode}: ms, {peer}", f"<= {theirs:.3g}", best["ms"], best["ms"] <= theirs)
+                )
     shares = table[(table["unit"] == "GB/s") & table["row"].isin(gpu_groups.REDUCING)]
     for case, share in shares.groupby("case", sort=False)["share_of_ceiling"].max().items():
-        rows.append((f"{case}: share of copy", f">= {LINE_COPY_SHARE}", share,
-                     share >= LINE_COPY_SHARE))  # fmt: skip
+        rows.append(
+            (f"{case}: share of copy", f">= {LINE_COPY_SHARE}", share, share >= LINE_COPY_SHARE)
+        )
     return pd.DataFrame(rows, columns=["line", "limit", "measured", "holds"])
 
 
@@ -166,14 +168,18 @@ def measure(out: Path, quick: bool, until: float, only: str = "") -> None:
     out.mkdir(parents=True, exist_ok=True)
     where = records.environment(torch.get_num_threads())
     pd.DataFrame([{**ceilings, **where}]).to_csv(out / "ceilings.csv", index=False)
-    print(f"copy {ceilings['copy'] / 1e9:.0f} GB/s, bf16 matmul "
-          f"{ceilings['matmul'] / 1e12:.0f} TFLOP/s on {where['gpu']}")  # fmt: skip
+    print(
+        f"copy {ceilings['copy'] / 1e9:.0f} GB/s, bf16 matmul "
+        f"{ceilings['matmul'] / 1e12:.0f} TFLOP/s on {where['gpu']}"
+    )
     tokens = gpu_groups.TOKENS[:1] if quick else gpu_groups.TOKENS
     sizes = gpu_groups.HIDDEN_SIZES[:1] if quick else gpu_groups.HIDDEN_SIZES
     groups = (
-        gpu_groups.pair_reduce_group("cuda"), gpu_groups.tail_group("cuda"),
-        gpu_groups.stats_group("cuda"), gpu_groups.head_group("cuda", tokens, sizes),
-    )  # fmt: skip
+        gpu_groups.pair_reduce_group("cuda"),
+        gpu_groups.tail_group("cuda"),
+        gpu_groups.stats_group("cuda"),
+        gpu_groups.head_group("cuda", tokens, sizes),
+    )
     chosen = [group for group in groups if re.search(only, group.name)]
     if not chosen:
         raise ValueError(f"only: {only!r} matches none of {[group.name for group in groups]}")

@@ -110,9 +110,8 @@ def headline(
 def head_group(device: str, tokens: tuple[int, ...], hidden_sizes: tuple[int, ...]) -> Group:
     """Log-probabilities and their gradients at the sizes that are trained, the headline first."""
     cases = tuple(
-        headline(mode, t, d, device)
-        for d in hidden_sizes for t in tokens for mode in MODES
-    )  # fmt: skip
+        headline(mode, t, d, device) for d in hidden_sizes for t in tokens for mode in MODES
+    )
     return Group(
         name="gpu-logprobs", title="the LM head on a GPU", cases=cases, quick=cases[:3],
         rows=_head_rows(), make_inputs=_head_inputs, gate=logprobs.gate, tiny=logprobs.tiny,
@@ -206,10 +205,13 @@ def pair_reduce_group(device: str, rows: int = VOCAB, dim: int = 4096) -> Group:
         for dtype in ("bfloat16", "float32")
     )
     ours = [
-        Row(name, functools.partial(_make_pair_reduce, _pair_reduce(name)),
-            functools.partial(lambda why, _: why, MISSING[name]))
+        Row(
+            name,
+            functools.partial(_make_pair_reduce, _pair_reduce(name)),
+            functools.partial(lambda why, _: why, MISSING[name]),
+        )
         for name in REDUCING
-    ]  # fmt: skip
+    ]
     baseline = Row("naive", functools.partial(_make_pair_reduce, _naive_pair_reduce))
     return Group(
         name="gpu-pair-reduce", title="pair_reduce on a GPU", cases=cases, quick=cases,

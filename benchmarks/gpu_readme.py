@@ -57,8 +57,11 @@ def _tail(frame: pd.DataFrame) -> str:
         cells = [str(row)]
         for mode in modes:
             found = _rows(frame, cases[mode])[str(row)]
-            cells += [f"{1e3 * found['time']:.1f}", f"{found['relative_error:dhidden']:.1e}",
-                      f"{found['relative_error:dweight']:.1e}"]  # fmt: skip
+            cells += [
+                f"{1e3 * found['time']:.1f}",
+                f"{found['relative_error:dhidden']:.1e}",
+                f"{found['relative_error:dweight']:.1e}",
+            ]
         lines.append(cells)
     shape = frame["shape"].iloc[0]
     return (

@@ -101,12 +101,14 @@ def summarize(times: Mapping[str, Sequence[float]], baseline: str) -> dict[str, 
     base = times.get(baseline)
     return {
         name: Timing(
-            statistics.median(row), min(row), max(row),
+            statistics.median(row),
+            min(row),
+            max(row),
             statistics.median(t / b for t, b in zip(row, base, strict=True)) if base else None,
             len(row),
         )
         for name, row in times.items()
-    }  # fmt: skip
+    }
 
 
 class OtherLoad:

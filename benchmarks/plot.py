@@ -109,9 +109,13 @@ def plot_against_tokens(frame: pd.DataFrame, metric: str, path: Path) -> None:
     colors, labels = _colors(frame), {"time": "seconds", "peak_memory": "MiB above inputs"}
     shape = max(len(dtypes), 1), max(len(modes), 1)
     figure, axes = plt.subplots(
-        *shape, figsize=(2.8 * shape[1] + 1, 2.6 * shape[0] + 1.2), layout="constrained",
-        squeeze=False, sharex="col", sharey="row",
-    )  # fmt: skip
+        *shape,
+        figsize=(2.8 * shape[1] + 1, 2.6 * shape[0] + 1.2),
+        layout="constrained",
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+    )
     for across, dtype in zip(axes, dtypes, strict=False):
         for panel, mode in zip(across, modes, strict=False):
             of_panel = points[(points["mode"] == mode) & (points["dtype"] == dtype)]
@@ -142,10 +146,14 @@ def _token_lines(panel: Axes, points: pd.DataFrame, metric: str, colors: dict[st
         line = line.sort_values("T")
         ours = row == OURS
         panel.plot(
-            line["T"], line["value"].astype(float).clip(lower=1e-3 if metric == "time" else 1),
-            marker="o", color="black" if ours else colors[row], label=row,
-            linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2,
-        )  # fmt: skip
+            line["T"],
+            line["value"].astype(float).clip(lower=1e-3 if metric == "time" else 1),
+            marker="o",
+            color="black" if ours else colors[row],
+            label=row,
+            linewidth=2.5 if ours else 1.2,
+            zorder=3 if ours else 2,
+        )
     panel.set_yscale("log")
     panel.grid(alpha=0.3)
 

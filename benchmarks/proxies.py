@@ -62,8 +62,12 @@ def _step(policy: FusedHeadLM, stats: GradStats, units: list[Unit], size: int) -
 def _values(mode: str, step: int, stats: StepStats) -> Iterator[dict[str, object]]:
     for unit, gram_KK in enumerate(stats.gram_BKK):
         for name, (k, m) in PRODUCTS.items():
-            yield {"mode": mode, "unit": f"{step}.{unit}", "quantity": name,
-                   "value": gram_KK[k, m].item()}  # fmt: skip
+            yield {
+                "mode": mode,
+                "unit": f"{step}.{unit}",
+                "quantity": name,
+                "value": gram_KK[k, m].item(),
+            }
 
 
 def _known(path: Path, dtype: str, units: int) -> list[dict[str, object]]:
@@ -71,9 +75,11 @@ def _known(path: Path, dtype: str, units: int) -> list[dict[str, object]]:
     if not path.exists():
         return []
     frame = pd.read_csv(path)
-    known = frame[frame["compute_dtype"] == dtype].groupby("mode").filter(
-        lambda of_mode: (of_mode["quantity"] == "|t|^2").sum() == units
-    )  # fmt: skip
+    known = (
+        frame[frame["compute_dtype"] == dtype]
+        .groupby("mode")
+        .filter(lambda of_mode: (of_mode["quantity"] == "|t|^2").sum() == units)
+    )
     return known.to_dict("records")
 
 
@@ -105,8 +111,12 @@ def measure(
             measured += _values(name, step, result)
             bar.update()
         star = alpha.estimate()
-        for quantity, value in (("a*", star.raw), ("a* low", star.low), ("a* high", star.high),
-                                ("kappa", star.kappa)):  # fmt: skip
+        for quantity, value in (
+            ("a*", star.raw),
+            ("a* low", star.low),
+            ("a* high", star.high),
+            ("kappa", star.kappa),
+        ):
             measured.append({"mode": name, "unit": "all", "quantity": quantity, "value": value})
         lines = _known(path, dtype, len(chosen)) + [{**line, **where} for line in measured]
         replace_file(path, functools.partial(pd.DataFrame(lines).to_csv, index=False))

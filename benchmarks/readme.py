@@ -55,9 +55,11 @@ def mode_tables(frame: pd.DataFrame) -> str:
         headers = ["", "ms", "x naive", "peak MiB", *(f"{name} error" for name in _ERRORS), ""]
         used = [n for n in range(len(headers)) if any(line[n] for line in lines)]
         table = tabulate(
-            [[line[n] for n in used] for line in lines], headers=[headers[n] for n in used],
-            tablefmt="github", disable_numparse=True,
-        )  # fmt: skip
+            [[line[n] for n in used] for line in lines],
+            headers=[headers[n] for n in used],
+            tablefmt="github",
+            disable_numparse=True,
+        )
         size = case.removesuffix(str(kind)).strip()
         blocks.append(f"**{kind}**, {size}:\n\n{table}")
         beyond = ordered[ordered.index(case) + 1 :]
@@ -109,9 +111,13 @@ def _line(row: str, of_row: pd.DataFrame) -> list[str]:
         for outputs in _ERRORS.values()
     ]
     return [
-        name, number("time", "{:.0f}", 1e3), number("ratio", "{:.2f}"),
-        number("peak_memory", "{:.0f}"), *errors, "" if state == records.OK else state,
-    ]  # fmt: skip
+        name,
+        number("time", "{:.0f}", 1e3),
+        number("ratio", "{:.2f}"),
+        number("peak_memory", "{:.0f}"),
+        *errors,
+        "" if state == records.OK else state,
+    ]
 
 
 def stats_table(frame: pd.DataFrame) -> str:
@@ -157,9 +163,12 @@ def _machine_steps(frame: pd.DataFrame) -> str:
     blocks = []
     for case, of_case in records.speeds(frame).groupby("case", sort=False):
         table = tabulate(
-            of_case.drop(columns="case"), tablefmt="github", showindex=False, headers="keys",
+            of_case.drop(columns="case"),
+            tablefmt="github",
+            showindex=False,
+            headers="keys",
             floatfmt=("", ".0f", ".2f", ".0f", ".2f"),
-        )  # fmt: skip
+        )
         states = frame[(frame["case"] == case) & (frame["metric"] == "status")]
         why = [
             f"{row}: {note}" for row, note in states[["row", "note"]].values if note != records.OK

@@ -58,9 +58,13 @@ class _Worker:
 
 
 def _serve(
-    name: str, inputs: StepInputs, memory: bool, threads: int, environment: dict[str, str],
+    name: str,
+    inputs: StepInputs,
+    memory: bool,
+    threads: int,
+    environment: dict[str, str],
     pipe: Connection,
-) -> None:  # fmt: skip
+) -> None:
     """Answer commands until the pipe closes."""
     torch.set_num_threads(threads)
     os.environ.update(environment)
@@ -83,9 +87,13 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     if ranks == 1:
         return {}
     return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _free_port() -> int:
@@ -111,9 +119,10 @@ class Crew:
         for rank in range(ranks):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, daemon=True,
+                target=_serve,
+                daemon=True,
                 args=(name, inputs, memory, threads, _environment(rank, ranks, port), theirs),
-            )  # fmt: skip
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)

@@ -83,10 +83,12 @@ def synthetic(
         gain_T = gains.flip(0)[above - 1] * (1 - part) + gains.flip(0)[above] * part
         hidden = hidden + gain_T[:, None] * own
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
-    target = torch.cat([
-        torch.multinomial(rows.float().softmax(-1), 1, generator=generator)[:, 0]
-        for rows in ((part @ weight.T) for part in hidden.split(256))
-    ])  # fmt: skip
+    target = torch.cat(
+        [
+            torch.multinomial(rows.float().softmax(-1), 1, generator=generator)[:, 0]
+            for rows in ((part @ weight.T) for part in hidden.split(256))
+        ]
+    )
     return hidden, weight, target
 
 

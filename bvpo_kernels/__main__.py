@@ -7,7 +7,6 @@ import platform
 
 import torch
 
-import bvpo_kernels
 from bvpo_kernels import backends
 
 
@@ -22,7 +21,7 @@ def report() -> str:
     """The report as text."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = [
-        f"bvpo_kernels  {bvpo_kernels.__version__}",
+        f"bvpo_kernels  {_version('bvpo_kernels')}",
         f"python        {platform.python_version()} on {platform.platform()}",
         f"torch         {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         *(f"{name:<13} {_version(name)}" for name in ("triton", "transformers", "trl", "peft")),

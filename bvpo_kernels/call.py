@@ -120,6 +120,13 @@ class Plan(NamedTuple):
     sketch: int
     num_kinds: int
 
+    def kept_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what is kept of a parameter of `shape`; vectors are kept whole, not sketched."""
+        if self.sketch:
+            sides = shape if len(shape) == 1 else tuple(min(self.sketch, side) for side in shape)
+            return (self.ranges_G2.shape[0], *sides)
+        return (self.num_kinds, *shape) if self.num_kinds else (0,)
+
 
 INPUTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? low, Tensor? lora_b"
 CALL = (

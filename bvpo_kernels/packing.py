@@ -270,20 +270,32 @@ def _validate_tokens(batch: PackedBatch, ignore_index: int) -> None:
         f"max_seqlen: expected the length of the longest segment for {batch.max_seqlen}",
         lambda: f"segments of up to {int(longest)}",
     )
-    _require_all((scored_S >= 1) & (scored_S < length_S), scored_S, "scored_lengths_S",
-                 "a response and a prompt of at least one token in each segment")  # fmt: skip
+    _require_all(
+        (scored_S >= 1) & (scored_S < length_S),
+        scored_S,
+        "scored_lengths_S",
+        "a response and a prompt of at least one token in each segment",
+    )
     _require_all(tokens_T >= 0, tokens_T, "tokens_T", "token ids >= 0")
     index_T = torch.arange(batch.num_tokens, device=tokens_T.device)
     segment_T = torch.searchsorted(bounds[1:].contiguous(), index_T, right=True)
     position_T = index_T - bounds[:-1][segment_T]
-    _require_all(batch.position_ids_T == position_T, batch.position_ids_T, "position_ids_T",
-                 "positions that restart at 0 in each segment")  # fmt: skip
+    _require_all(
+        batch.position_ids_T == position_T,
+        batch.position_ids_T,
+        "position_ids_T",
+        "positions that restart at 0 in each segment",
+    )
     first_T = (length_S - scored_S)[segment_T] - 1
     scored_T = (position_T >= first_T) & (position_T < length_S[segment_T] - 1)
     target_T = tokens_T.roll(-1).where(scored_T, ignore_index)
-    _require_all(batch.target_T == target_T, batch.target_T, "target_T",
-                 "the next token where it belongs to the response of the same segment, and "
-                 f"{ignore_index} elsewhere")  # fmt: skip
+    _require_all(
+        batch.target_T == target_T,
+        batch.target_T,
+        "target_T",
+        "the next token where it belongs to the response of the same segment, and "
+        f"{ignore_index} elsewhere",
+    )
     if batch.num_scored is not None:
         checks.require(
             scored_S.sum() == batch.num_scored,
@@ -303,8 +315,12 @@ def _validate_groups(batch: PackedBatch) -> None:
     _require_all(
         (kind_G >= 0) & (kind_G < kinds), kind_G, "group_kind_G", f"values in [0, {kinds})"
     )
-    _require_all((unit_G * kinds + kind_G).diff() > 0, unit_G[1:], "group_unit_G",
-                 "groups in order of unit, then kind, without repetition")  # fmt: skip
+    _require_all(
+        (unit_G * kinds + kind_G).diff() > 0,
+        unit_G[1:],
+        "group_unit_G",
+        "groups in order of unit, then kind, without repetition",
+    )
     group_G = torch.arange(num_groups, device=group_P.device)
     first_G = torch.searchsorted(group_P, group_G)
     stop_G = torch.searchsorted(group_P, group_G, right=True)
@@ -315,8 +331,12 @@ def _validate_groups(batch: PackedBatch) -> None:
     _require_all(pairs_G > 0, pairs_G, "pair_group_P", "at least one pair in each group")
     bounds = batch.cu_seqlens.to(torch.int64)
     ranges_G2 = torch.stack([bounds[2 * first_G], bounds[2 * stop_G]], 1)
-    _require_all(batch.group_ranges_G2 == ranges_G2, batch.group_ranges_G2, "group_ranges_G2",
-                 "the token range of each group's pairs")  # fmt: skip
+    _require_all(
+        batch.group_ranges_G2 == ranges_G2,
+        batch.group_ranges_G2,
+        "group_ranges_G2",
+        "the token range of each group's pairs",
+    )
 
 
 def _require_all(valid: Tensor, values: Tensor, name: str, expected: str) -> None:

@@ -49,10 +49,18 @@ def model(seed: int = 3, spread: float = 0.3) -> LlamaForCausalLM:
     """Two layers in fp64, far from uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=16,
-        initializer_range=spread, pad_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=12,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=16,
+        initializer_range=spread,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
     return LlamaForCausalLM(config).double()
 
 
@@ -176,9 +184,12 @@ def population(policy: nn.Module, reference: nn.Module) -> Population:
         score_RYD = (score[x] @ rotation_ND).view(len(TRACES), len(ANSWERS), -1)
         trace.append(slope_RR1 * (score_RYD[:, None, better] - score_RYD[:, worse]))
     return Population(
-        rotation_ND, torch.cat(probability), torch.stack(trace),
-        torch.stack(empty) @ rotation_ND, torch.stack(marginal) @ rotation_ND,
-    )  # fmt: skip
+        rotation_ND,
+        torch.cat(probability),
+        torch.stack(trace),
+        torch.stack(empty) @ rotation_ND,
+        torch.stack(marginal) @ rotation_ND,
+    )
 
 
 def unit(index: int, name: str, kinds: Sequence[str] = KINDS[:2]) -> Unit:

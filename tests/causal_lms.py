@@ -8,10 +8,17 @@ LABELS = IDS.clone()
 LABELS[0, :2] = -100
 LABELS[1, 5:] = -100
 SIZES = {
-    "vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "pad_token_id": 0,
-    "max_position_embeddings": 64, "initializer_range": 0.3,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
 
 
 def make(name="Llama", **options):

@@ -22,10 +22,22 @@ def _library():
     here = ROOT / "tests" / "cuda_host"
     library = f"{folder}/kernels.so"
     subprocess.run(
-        [COMPILER, "-O2", "-std=c++20", "-pthread", "-shared", "-fPIC", "-Wno-unknown-pragmas",
-         f"-I{here}", f"-I{ROOT / 'csrc' / 'cuda'}", "-o", library, str(here / "kernels.cpp")],
+        [
+            COMPILER,
+            "-O2",
+            "-std=c++20",
+            "-pthread",
+            "-shared",
+            "-fPIC",
+            "-Wno-unknown-pragmas",
+            f"-I{here}",
+            f"-I{ROOT / 'csrc' / 'cuda'}",
+            "-o",
+            library,
+            str(here / "kernels.cpp"),
+        ],
         check=True,
-    )  # fmt: skip
+    )
     loaded = ctypes.CDLL(library)
     shutil.rmtree(folder)
     return loaded
@@ -53,6 +65,17 @@ def pair_reduce(tiles_KRD, total_RD, weights_K=None, add=False):
     partials = torch.empty(-(-total_RD.numel() // TILE), 3)
     trace, empty = tiles_KRD
     vector = all(t.data_ptr() % 16 == 0 for t in (trace, empty, total_RD))
-    _call("pair_reduce", trace, empty, weights_K, int(add), total_RD, _half(total_RD), partials,
-          total_RD.numel(), int(vector), GRID)  # fmt: skip
+    _call(
+        "pair_reduce",
+        trace,
+        empty,
+        weights_K,
+        int(add),
+        total_RD,
+        _half(total_RD),
+        partials,
+        total_RD.numel(),
+        int(vector),
+        GRID,
+    )
     return gram_of_pair(partials)

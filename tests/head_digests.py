@@ -26,8 +26,12 @@ FILE = Path(__file__).with_suffix(".json")
 TOKENS, DIM, VOCAB, RANK = 37, 24, 301, 3
 # No tile of the largest fits: vocabularies and tokens are cut, and dH takes a sweep of its own.
 SMALL = 6000
-NEEDS = {"scores": (False, False), "frozen": (True, False), "trained": (True, True),
-         "head": (False, True)}  # fmt: skip
+NEEDS = {
+    "scores": (False, False),
+    "frozen": (True, False),
+    "trained": (True, True),
+    "head": (False, True),
+}
 OPTIONS = {
     "plain": {},
     "small": {"workspace_bytes": SMALL},
@@ -91,9 +95,14 @@ def dense(impl, dtype, need, option):
 def lora(dtype, need, workspace):
     hidden, weight, bias, low, lora_b, target, upstream = _tensors(dtype, need)
     logprobs, entropy = linear_logprobs(
-        hidden, weight, target, lora=(low, lora_b), bias=bias, return_entropy=True,
+        hidden,
+        weight,
+        target,
+        lora=(low, lora_b),
+        bias=bias,
+        return_entropy=True,
         workspace_bytes=workspace,
-    )  # fmt: skip
+    )
     logprobs.backward(upstream)
     return _digest([logprobs, entropy, hidden.grad, low.grad, lora_b.grad, weight.grad, bias.grad])
 
@@ -122,18 +131,27 @@ def statistics(impl, dtype, mode, cross, tied):
         head.weight = embed.weight
     model = torch.nn.ModuleList([embed, layer, head])
     units = [
-        Unit(name, {"trace": [TokenPair([5, 9], list(range(k, k + 9)), [7, k])],
-                    "empty": [TokenPair([5], [k, 8], [3, 1, 2])]})
+        Unit(
+            name,
+            {
+                "trace": [TokenPair([5, 9], list(range(k, k + 9)), [7, k])],
+                "empty": [TokenPair([5], [k, 8], [3, 1, 2])],
+            },
+        )
         for name, k in (("a", 20), ("b", 90))
-    ]  # fmt: skip
+    ]
     batch = pack(units)
     stats = GradStats(model, mode, cross=cross, head=head, seed=5)
     with stats.collect(batch, {"trace": 0.3, "empty": 0.2}):
         hidden = layer(embed(batch.tokens_T)).tanh()
         logprobs = linear_logprobs(
-            hidden, head.weight, batch.target_T, bias=head.bias, impl=impl,
+            hidden,
+            head.weight,
+            batch.target_T,
+            bias=head.bias,
+            impl=impl,
             workspace_bytes=60 * SMALL,
-        )  # fmt: skip
+        )
         logprobs.backward(torch.sin(torch.arange(len(logprobs), dtype=logprobs.dtype)))
     found = stats.result()
     return _digest([found.gram_BKK, found.sums_KK, *(p.grad for p in model.parameters())])

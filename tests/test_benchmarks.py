@@ -257,8 +257,12 @@ def test_tables(results, capsys):
     markdown = capsys.readouterr().out
     header, rule, line, *notes = markdown.splitlines()
     assert [cell.strip() for cell in header.strip("|").split("|")] == [
-        "case", "naive", "eager", "broken", "huge",
-    ]  # fmt: skip
+        "case",
+        "naive",
+        "eager",
+        "broken",
+        "huge",
+    ]
     assert set(rule) == set("|-")
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[0] == SMALL.name

@@ -73,8 +73,13 @@ def _measured(mode, tokens, row, value, status=records.OK, memory=5.0):
     where = records.environment(1)
     entries = [records.record("peers", case, row, "status", None, "", status)]
     if status == records.OK:
-        numbers = {"time": value, "ratio": value, "peak_memory": memory, "other_load": 0.0,
-                   "relative_error:logprobs": 1e-3}  # fmt: skip
+        numbers = {
+            "time": value,
+            "ratio": value,
+            "peak_memory": memory,
+            "other_load": 0.0,
+            "relative_error:logprobs": 1e-3,
+        }
         entries += [records.record("peers", case, row, *item, "") for item in numbers.items()]
         entries.append(records.record("peers", case, row, "version", None, "", "1.2"))
     return [{**entry, **where} for entry in entries]

@@ -84,8 +84,13 @@ def _frame(tmp_path):
     case, where = CASES["float32"], records.environment(1)
     entries = []
     for row, time, peak in ((train.BASELINE, 2.0, 400.0), (OURS, 1.0, 100.0)):
-        numbers = {"time": time, "ratio": time / 2, "other_load": 0.0, "tokens": 50.0,
-                   "peak_memory": peak}  # fmt: skip
+        numbers = {
+            "time": time,
+            "ratio": time / 2,
+            "other_load": 0.0,
+            "tokens": 50.0,
+            "peak_memory": peak,
+        }
         entries.append(records.record("train", case, row, "status", None, "", records.OK))
         entries += [records.record("train", case, row, *item, "") for item in numbers.items()]
     entries.append(records.record("train", case, "TRL", "status", None, "", "missing: none"))

@@ -13,10 +13,16 @@ from benchmarks import compare_runs
 def test_table_and_figure(tmp_path, monkeypatch):
     for name, shift in (("exact", 0.0), ("sparse", 0.25)):
         lines = [
-            {"event": "train", "step": step, "loss": 1.0 / step + shift, "seconds/backward": 2.0,
-             "seconds/forward": 1.0, **({"tail/dense_share": 0.5} if shift else {})}
+            {
+                "event": "train",
+                "step": step,
+                "loss": 1.0 / step + shift,
+                "seconds/backward": 2.0,
+                "seconds/forward": 1.0,
+                **({"tail/dense_share": 0.5} if shift else {}),
+            }
             for step in (1, 2)
-        ]  # fmt: skip
+        ]
         lines.append({"event": "eval", "step": 2, "trace/loss": 0.7 + shift})
         (tmp_path / name).mkdir()
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -21,9 +21,13 @@ from bvpo_kernels.grad_stats.forms import form
 from train.model.head import FusedHeadLM
 
 LATENT = {
-    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8, "v_head_dim": 8,
-}  # fmt: skip
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 # Options of the configuration, and what cannot be measured, as a part of its name.
 FAMILIES = {

@@ -32,9 +32,11 @@ def head(
     bias = inputs["bias"].to(dtype or case.dtype) if case.bias else None
     softcap = case.options.get("softcap")
     call = Call(
-        case.options.get("temperature", 1.0), softcap, workspace_bytes=workspace,
+        case.options.get("temperature", 1.0),
+        softcap,
+        workspace_bytes=workspace,
         impl=impl if dtype is None else "eager",
-    )  # fmt: skip
+    )
     given = Inputs(hidden, weight, inputs["target"], bias)
     *kept, _, _ = ops.linear_logprobs_forward(*given, *call, False)
     upstream = inputs["upstream"].to(kept[0].dtype)
@@ -52,10 +54,14 @@ def head(
 @pytest.mark.parametrize("kept", ["", "sketch", "kinds"])
 @pytest.mark.parametrize(
     ("exact", "bias", "options", "workspace"),
-    [(True, True, {}, 1 << 27), (True, False, {"softcap": 5.0}, 1 << 27),
-     (False, True, {"temperature": 0.6}, 1 << 27), (False, False, {}, 1 << 16),
-     (True, True, {}, 1 << 16)],
-)  # fmt: skip
+    [
+        (True, True, {}, 1 << 27),
+        (True, False, {"softcap": 5.0}, 1 << 27),
+        (False, True, {"temperature": 0.6}, 1 << 27),
+        (False, False, {}, 1 << 16),
+        (True, True, {}, 1 << 16),
+    ],
+)
 def test_head(dtype, kept, exact, bias, options, workspace):
     """D and V are no multiples of a block or a panel; 64 KiB forces reloads and a sweep for dH."""
     case = Case(400, 47, 1801, dtype, bias=bias, options=options)
@@ -136,9 +142,16 @@ def test_memory_does_not_grow_with_the_vocabulary_times_the_groups():
 
     def call():
         results = ops.linear_logprobs_statistics(
-            inputs["upstream"], *given, *kept, *options, True, True, False, None,
+            inputs["upstream"],
+            *given,
+            *kept,
+            *options,
+            True,
+            True,
+            False,
+            None,
             *plan("", groups=groups),
-        )  # fmt: skip
+        )
         return dict(zip(RESULTS, results, strict=True))
 
     call()

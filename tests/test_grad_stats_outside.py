@@ -86,9 +86,11 @@ def test_vmap():
     parameters = {name: p.detach() for name, p in net.named_parameters()}
     per_sample = vmap(grad(one), in_dims=(None, 0, 0))(parameters, ids_NL, weights_NL)
     torch.testing.assert_close(
-        ours(net, ids_NL, weights_NL), gram_of_samples(list(per_sample.values())), rtol=1e-10,
+        ours(net, ids_NL, weights_NL),
+        gram_of_samples(list(per_sample.values())),
+        rtol=1e-10,
         atol=1e-12,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen3", False)])
@@ -106,8 +108,10 @@ def test_vmap_of_a_transformer(family, tied):
     low = torch.finfo(torch.float64).min
     mask = torch.full((1, 1, length, length), low, dtype=torch.float64).triu(1)
     common = {
-        "attention_mask": mask, "position_ids": torch.arange(length)[None], "use_cache": False
-    }  # fmt: skip
+        "attention_mask": mask,
+        "position_ids": torch.arange(length)[None],
+        "use_cache": False,
+    }
 
     def one(parameters, ids_2L):
         logits = functional_call(plain, parameters, (), {"input_ids": ids_2L, **common}).logits
@@ -146,9 +150,13 @@ def test_lora(cross):
     """Adapters of the attention and the MLP, a trained bias and a trained norm (peft 0.21)."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0,
-        modules_to_save=["norm"], init_lora_weights=False,
-    )  # fmt: skip
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        lora_dropout=0.0,
+        modules_to_save=["norm"],
+        init_lora_weights=False,
+    )
     model = peft.get_peft_model(cases.model("qwen3", tied=True), config).double()
     policy, units = FusedHeadLM(model), cases.units()
     stats = GradStats(policy, cross=cross)

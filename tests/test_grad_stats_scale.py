@@ -107,10 +107,14 @@ def test_kind_scale_of_the_loss(policy):
 
 @pytest.mark.parametrize(
     "given",
-    [{TRACE: 0.3 / 3, EMPTY: 0.7 / 3}, {TRACE: 0.3 / 30, EMPTY: 0.7 / 30},
-     {TRACE: 0.3 / 6, EMPTY: 0.7 / 3}, {TRACE: torch.tensor(0.1), EMPTY: torch.tensor(0.7 / 3)}],
+    [
+        {TRACE: 0.3 / 3, EMPTY: 0.7 / 3},
+        {TRACE: 0.3 / 30, EMPTY: 0.7 / 30},
+        {TRACE: 0.3 / 6, EMPTY: 0.7 / 3},
+        {TRACE: torch.tensor(0.1), EMPTY: torch.tensor(0.7 / 3)},
+    ],
     ids=["units", "accumulated", "pairs", "tensors"],
-)  # fmt: skip
+)
 def test_said_twice_alike(policy, given):
     batch, stats = pack(cases.units(3, traces=2)), GradStats(policy)
     with stats.collect(batch, given):
@@ -120,10 +124,13 @@ def test_said_twice_alike(policy, given):
 
 @pytest.mark.parametrize(
     "given",
-    [{TRACE: 1 / 3, EMPTY: 1 / 3}, {TRACE: 0.7 / 3, EMPTY: 0.3 / 3},
-     {TRACE: 0.31 / 3, EMPTY: 0.69 / 3}],
+    [
+        {TRACE: 1 / 3, EMPTY: 1 / 3},
+        {TRACE: 0.7 / 3, EMPTY: 0.3 / 3},
+        {TRACE: 0.31 / 3, EMPTY: 0.69 / 3},
+    ],
     ids=["no weights", "swapped", "another alpha"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("cross", ["exact", "sketch"])
 def test_said_twice_and_not_alike(policy, given, cross):
     """It gave a* .98 for .485 without a word."""

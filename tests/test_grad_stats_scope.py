@@ -70,9 +70,14 @@ class OddNorm(LlamaRMSNorm):
 
 @pytest.mark.parametrize(
     ("norm", "covered"),
-    [(GemmaRMSNorm(8), True), (LlamaRMSNorm(8), True), (OddNorm(8), False),
-     (nn.LayerNorm((2, 8)), False), (nn.GroupNorm(2, 8), False)],
-)  # fmt: skip
+    [
+        (GemmaRMSNorm(8), True),
+        (LlamaRMSNorm(8), True),
+        (OddNorm(8), False),
+        (nn.LayerNorm((2, 8)), False),
+        (nn.GroupNorm(2, 8), False),
+    ],
+)
 def test_which_norms(norm, covered):
     """A norm of transformers is recognised by what it computes; (1 + w) is as good as w."""
     state = torch.get_rng_state()
@@ -82,9 +87,14 @@ def test_which_norms(norm, covered):
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Embedding(9, 4, sparse=True), nn.Embedding(9, 4, max_norm=1.0),
-     nn.Embedding(9, 4, scale_grad_by_freq=True), nn.Conv1d(4, 4, 1), nn.Bilinear(2, 2, 2)],
-)  # fmt: skip
+    [
+        nn.Embedding(9, 4, sparse=True),
+        nn.Embedding(9, 4, max_norm=1.0),
+        nn.Embedding(9, 4, scale_grad_by_freq=True),
+        nn.Conv1d(4, 4, 1),
+        nn.Bilinear(2, 2, 2),
+    ],
+)
 def test_uncovered_modules(module):
     with pytest.raises(ValueError, match="weight"):
         GradStats(module)
@@ -134,9 +144,13 @@ def test_misuse(policy):
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"mode": "fast"}, ValueError), ({"cross": "all"}, ValueError),
-     ({"sketch_size": 0}, ValueError), ({"sketch_size": 1.5}, ValueError)],
-)  # fmt: skip
+    [
+        ({"mode": "fast"}, ValueError),
+        ({"cross": "all"}, ValueError),
+        ({"sketch_size": 0}, ValueError),
+        ({"sketch_size": 1.5}, ValueError),
+    ],
+)
 def test_bad_options(policy, options, error):
     with pytest.raises(error, match=next(iter(options))):
         GradStats(policy, **options)

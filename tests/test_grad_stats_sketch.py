@@ -25,9 +25,11 @@ def draws(stats: GradStats, policy: FusedHeadLM, split: list[list[Unit]], count:
     """[count, ...]: gram, sums and rows of as many steps in a row."""
     results = [cases.run_step(stats, policy, split) for _ in range(count)]
     return torch.stack(
-        [torch.cat([r.gram_BKK.flatten(), r.sums_KK.flatten(), r.rows_BKK.flatten()])
-         for r in results]
-    )  # fmt: skip
+        [
+            torch.cat([r.gram_BKK.flatten(), r.sums_KK.flatten(), r.rows_BKK.flatten()])
+            for r in results
+        ]
+    )
 
 
 def expected(gram_BBKK: Tensor) -> Tensor:

@@ -59,8 +59,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="within: expected False in mode 'norm'"):
         GradStats(policy, "norm", within=True)
     for cross, ess, error in (
-        ("sketch", {"u0": 3.0}, ValueError), ("exact", {"u0": 3.0, "u1": 1.0}, RuntimeError)
-    ):  # fmt: skip
+        ("sketch", {"u0": 3.0}, ValueError),
+        ("exact", {"u0": 3.0, "u1": 1.0}, RuntimeError),
+    ):
         stats = GradStats(policy, cross=cross)
         for unit in units:
             batch = pack([unit])

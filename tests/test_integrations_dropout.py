@@ -11,10 +11,17 @@ from torch import nn
 from bvpo_kernels.integrations.dropout import disable_dropout, dropout_fields
 
 SIZES = {
-    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "initializer_range": 0.3,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
 GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
 CONFIGS = {
     "starcoder2": (
@@ -30,11 +37,17 @@ CONFIGS = {
     "bloom": (hf.BloomConfig, {"n_head": 2, "hidden_dropout": 0.3, "attention_dropout": 0.3}),
     "opt": (
         hf.OPTConfig,
-        {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 16, "dropout": 0.3,
-         "attention_dropout": 0.3, "layerdrop": 0.3},
+        {
+            "ffn_dim": 24,
+            "word_embed_proj_dim": 16,
+            "max_position_embeddings": 16,
+            "dropout": 0.3,
+            "attention_dropout": 0.3,
+            "layerdrop": 0.3,
+        },
     ),
     "mixtral": (hf.MixtralConfig, {"num_local_experts": 2, "router_jitter_noise": 0.9}),
-}  # fmt: skip
+}
 
 
 def tiny(name, attention):
@@ -70,8 +83,11 @@ def test_the_configuration_that_is_saved_stays():
     disable_dropout(model)
     assert model.config.to_dict() == before
     assert dropout_fields(model.config) == {
-        "attn_pdrop": 0.3, "embd_pdrop": 0.3, "resid_pdrop": 0.3, "summary_first_dropout": 0.1
-    }  # fmt: skip
+        "attn_pdrop": 0.3,
+        "embd_pdrop": 0.3,
+        "resid_pdrop": 0.3,
+        "summary_first_dropout": 0.1,
+    }
 
 
 class ReadsConfig(nn.Module):
@@ -108,10 +124,16 @@ def test_a_field_read_by_a_forward_is_zeroed_and_no_other(kind):
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Dropout(0.5), nn.Dropout1d(0.5), nn.Dropout2d(0.5), nn.Dropout3d(0.5),
-     nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5)],
+    [
+        nn.Dropout(0.5),
+        nn.Dropout1d(0.5),
+        nn.Dropout2d(0.5),
+        nn.Dropout3d(0.5),
+        nn.AlphaDropout(0.5),
+        nn.FeatureAlphaDropout(0.5),
+    ],
     ids=lambda layer: type(layer).__name__,
-)  # fmt: skip
+)
 def test_layers_of_torch(layer):
     x = torch.ones(4, 8, 3, 3, 3) if "3d" in type(layer).__name__ else torch.ones(4, 8, 3, 3)
     x = x[..., 0] if "1d" in type(layer).__name__ else x
@@ -121,10 +143,23 @@ def test_layers_of_torch(layer):
 
 def test_numbers_that_are_no_probability_stay():
     module = nn.Module()
-    kept = {"token_dropout": True, "dropout_impl": "fused", "backdrop": 0.5, "eps": 1e-5, "p": 0.5,
-            "router_jitter_noise": 0.01, "drop": None}  # fmt: skip
-    zeroed = {"attn_drop": 0.1, "drop_path_rate": 0.2, "drop_prob": 1, "moe_jitter_eps": 0.1,
-              "layer_drop": 0.5, "attention_probs_dropout_prob": 0.1}  # fmt: skip
+    kept = {
+        "token_dropout": True,
+        "dropout_impl": "fused",
+        "backdrop": 0.5,
+        "eps": 1e-5,
+        "p": 0.5,
+        "router_jitter_noise": 0.01,
+        "drop": None,
+    }
+    zeroed = {
+        "attn_drop": 0.1,
+        "drop_path_rate": 0.2,
+        "drop_prob": 1,
+        "moe_jitter_eps": 0.1,
+        "layer_drop": 0.5,
+        "attention_probs_dropout_prob": 0.1,
+    }
     for name, value in {**kept, **zeroed}.items():
         setattr(module, name, value)
     disable_dropout(module)

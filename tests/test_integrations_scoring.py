@@ -118,10 +118,17 @@ def test_refuses_models_that_mix_segments(dtype):
     models = [
         BloomForCausalLM(BloomConfig(**sizes, n_layer=1, n_head=4)),  # positions by ALiBi
         Mamba2ForCausalLM(
-            Mamba2Config(**sizes, num_hidden_layers=1, num_heads=8, head_dim=8, state_size=8,
-                         n_groups=1, chunk_size=4)
+            Mamba2Config(
+                **sizes,
+                num_hidden_layers=1,
+                num_heads=8,
+                head_dim=8,
+                state_size=8,
+                n_groups=1,
+                chunk_size=4,
+            )
         ),
-    ]  # fmt: skip
+    ]
     for model in models:
         with torch.no_grad():
             for parameter in model.parameters():

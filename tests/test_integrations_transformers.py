@@ -196,29 +196,37 @@ REFUSED = {
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(vocab_size=97, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
         ),
-        ValueError, "decoder-only",
+        ValueError,
+        "decoder-only",
     ),
     "no head": (lambda: make().model, ValueError, "LlamaModel"),
     "scale and softcap": (
-        lambda: make("Gemma2", final_logit_softcapping=2.0, logit_scale=0.5), ValueError, "both",
+        lambda: make("Gemma2", final_logit_softcapping=2.0, logit_scale=0.5),
+        ValueError,
+        "both",
     ),
     "unknown scale": (lambda: _scaled(make()), ValueError, "nats"),
     "experts": (
-        lambda: make("Mixtral", num_local_experts=2, output_router_logits=True), ValueError,
+        lambda: make("Mixtral", num_local_experts=2, output_router_logits=True),
+        ValueError,
         "output_router_logits",
     ),
     "a head of its own": (
-        lambda: _with_head(nn.Sequential(nn.Linear(24, 97))), TypeError, "expected an nn.Linear",
+        lambda: _with_head(nn.Sequential(nn.Linear(24, 97))),
+        TypeError,
+        "expected an nn.Linear",
     ),
     "quantized": (
-        lambda: _with_weight(torch.zeros(97, 24, dtype=torch.int8)), TypeError,
+        lambda: _with_weight(torch.zeros(97, 24, dtype=torch.int8)),
+        TypeError,
         r"floating-point LM head, got torch\.int8 in LlamaForCausalLM",
     ),
     "offloaded": (
-        lambda: _with_hook(types.SimpleNamespace(offload=True)), ValueError,
+        lambda: _with_hook(types.SimpleNamespace(offload=True)),
+        ValueError,
         "that of LlamaForCausalLM is offloaded",
     ),
-}  # fmt: skip
+}
 
 
 def _scaled(model):
@@ -288,9 +296,15 @@ def lora(model, **options):
     import peft
 
     config = peft.LoraConfig(
-        **{"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "init_lora_weights": False,
-           "target_modules": ["q_proj", "lm_head"], **options}
-    )  # fmt: skip
+        **{
+            "r": 3,
+            "lora_alpha": 6,
+            "lora_dropout": 0.0,
+            "init_lora_weights": False,
+            "target_modules": ["q_proj", "lm_head"],
+            **options,
+        }
+    )
     torch.manual_seed(2)
     return peft.get_peft_model(model, config)
 

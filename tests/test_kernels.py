@@ -160,9 +160,10 @@ def test_products_stop_at_the_bound_on_scored_rows(monkeypatch, need, workspace)
     monkeypatch.setattr(engine, "mm", lambda a, b: (work.append(a.numel() * b.shape[1]), a @ b)[1])
     fused = logprobs_gemm.fused_forward
     monkeypatch.setattr(
-        logprobs_gemm, "fused_forward",
+        logprobs_gemm,
+        "fused_forward",
         lambda h, head, *a, **k: (work.append(h.numel() * head.vocab), fused(h, head, *a, **k)),
-    )  # fmt: skip
+    )
     run(inputs, "triton", need, workspace_bytes=workspace)
     free = sum(work)
     work.clear()

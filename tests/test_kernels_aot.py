@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ from bvpo_kernels import backends
 if backends.MISSING["triton"]:
     pytest.skip(backends.MISSING["triton"], allow_module_level=True)
 
-from benchmarks import aot
+import aot
+
 from bvpo_kernels.backends.triton import (
     configs,
     grad_stats,
@@ -38,8 +40,9 @@ def test_every_kernel_is_compiled_in_every_configuration(arch):
             assert id(getattr(module, name)) in compiled, f"{module.__name__}.{name}"
     tiles = {
         (c["BLOCK_M"], c["BLOCK_N"], c.get("BLOCK_D", c.get("BLOCK_K")))
-        for c in (case.constants for case in cases) if "BLOCK_M" in c
-    }  # fmt: skip
+        for c in (case.constants for case in cases)
+        if "BLOCK_M" in c
+    }
     shapes = configs.CONFIGS[f"sm_{arch}"]
     for shape in (shapes.gemm, shapes.gemm_small, shapes.gemm_fp32):
         assert (shape.block_m, shape.block_n, shape.block_d) in tiles
@@ -49,8 +52,15 @@ def test_the_table_and_its_gates(capsys):
     assert aot.publish([GOOD, GOOD._replace(arch=80, mma="HMMA")]) == 0
     table = capsys.readouterr().out
     assert table.splitlines()[0].split() == [
-        "kernel", "arch", "regs", "spill", "B", "shared", "B", "MMA",
-    ]  # fmt: skip
+        "kernel",
+        "arch",
+        "regs",
+        "spill",
+        "B",
+        "shared",
+        "B",
+        "MMA",
+    ]
     assert "sm_90" in table
     assert "HGMMA" in table
     for bad, why in (
@@ -66,7 +76,7 @@ def test_the_table_and_its_gates(capsys):
 
 BROKEN = """
 import json
-from benchmarks import aot
+import aot
 
 cases = {case.name: case for case in aot.cases(80)}
 rows = cases["rows backward, bf16"]
@@ -85,6 +95,7 @@ print(json.dumps({name: [report.mma, *report.failures()] for name, report in rep
 def test_what_the_compilers_say_closes_the_gates():
     """Real kernels: a good one, one that spills, and one that multiplies without tensor cores."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(aot.__file__).parent)
     done = subprocess.run(
         [sys.executable, "-c", BROKEN], capture_output=True, text=True, env=environment
     )

@@ -52,7 +52,7 @@ def test_more_logits_than_int32_counts(impl):
     "options",
     [{}, {"max_scored": 450}, {"workspace_bytes": 1 << 16}, {"tail_tolerance": 2**-7}],
     ids=["plain", "bounded", "fused", "sparse"],
-)  # fmt: skip
+)
 def test_the_host_is_never_waited_for(impl, need, options):
     inputs = on_gpu(Case(512, 128, 5000, torch.bfloat16).inputs())
     expected = run(inputs, impl, need, **options)

@@ -17,10 +17,19 @@ from bvpo_kernels.ops.head import SERVING
 
 # Operators whose result, or its size, the host must know.
 WAITING = {
-    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::argwhere",
-    "aten::masked_select", "aten::_unique", "aten::_unique2", "aten::unique_dim",
-    "aten::unique_consecutive", "aten::bincount", "aten::equal", "aten::allclose",
-}  # fmt: skip
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::nonzero",
+    "aten::argwhere",
+    "aten::masked_select",
+    "aten::_unique",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::bincount",
+    "aten::equal",
+    "aten::allclose",
+}
 
 
 class NoWaiting(TorchDispatchMode):
@@ -41,10 +50,13 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x[x > 0],
-        lambda x: x.nonzero(), lambda x: torch.equal(x, x),
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.equal(x, x),
     ],
-)  # fmt: skip
+)
 def test_the_mode_raises_on_what_waits(call):
     with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
         call(torch.ones(3))
@@ -63,9 +75,7 @@ def _run(case, call, unit, need):
 def _head(unit, weight_too, workspace, max_scored=None):
     case = Case(30, 16, 1100, torch.bfloat16, bias=weight_too).inputs()
     softcap = 5.0 if weight_too else None
-    call = Call(
-        1.3, softcap, -100, workspace, max_scored, need_entropy=True, impl="triton"
-    )  # fmt: skip
+    call = Call(1.3, softcap, -100, workspace, max_scored, need_entropy=True, impl="triton")
     _run(case, call, unit, (weight_too,) * 3)
 
 

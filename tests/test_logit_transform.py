@@ -12,14 +12,24 @@ from bvpo_kernels.integrations.transformers import patch_model
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 MOE = {
-    "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 6,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 LATENT = {
-    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-    "v_head_dim": 4, "num_key_value_heads": 4, "head_dim": None,
-}  # fmt: skip
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+}
 SERVED = {
     "divided": ("Granite", {"logits_scaling": 0.3}),
     "multiplied by what others divide by": ("HyperCLOVAX", {"logits_scaling": 0.3}),
@@ -28,25 +38,34 @@ SERVED = {
     "capped": ("Gemma2", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 6}),
     "capped, another name": (
         "RecurrentGemma",
-        {"logits_soft_cap": 2.0, "lru_width": 24, "attention_window_size": 16,
-         "num_hidden_layers": 3},
+        {
+            "logits_soft_cap": 2.0,
+            "lru_width": 24,
+            "attention_window_size": 16,
+            "num_hidden_layers": 3,
+        },
     ),
     "cut, and hidden states divided": (
-        "Inkling", {"unpadded_vocab_size": 91, "logits_mup_width_multiplier": 3.0, **MOE},
+        "Inkling",
+        {"unpadded_vocab_size": 91, "logits_mup_width_multiplier": 3.0, **MOE},
     ),
     "cut and capped": (
-        "Inkling2", {"unpadded_vocab_size": 91, "final_logit_softcapping": 2.0, **MOE},
+        "Inkling2",
+        {"unpadded_vocab_size": 91, "final_logit_softcapping": 2.0, **MOE},
     ),
     "a backbone under another prefix": (
-        "Llama4", {"intermediate_size_mlp": 16, "num_local_experts": 2},
+        "Llama4",
+        {"intermediate_size_mlp": 16, "num_local_experts": 2},
     ),
     "a backbone under a third prefix": (
         "Mllama",
-        {"cross_attention_layers": [],
-         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {
+            "cross_attention_layers": [],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
     ),
     "a decoder inside the backbone": ("OPT", {"ffn_dim": 16, "word_embed_proj_dim": 16}),
-}  # fmt: skip
+}
 TEXT = ("Inkling", "Inkling2", "Llama4", "Mllama")  # whose configuration of text is another class
 
 

@@ -61,8 +61,12 @@ def test_small_with_every_option(impl, dtype, options, need):
 
 # D beyond one block, odd and of the models we serve, as V; T ragged. fp64 weights bound V D here.
 REAL_SHAPES = [
-    (17, 64, 151936), (130, 577, 49152), (33, 576, 50257), (21, 896, 151936), (9, 4096, 49152)
-]  # fmt: skip
+    (17, 64, 151936),
+    (130, 577, 49152),
+    (33, 576, 50257),
+    (21, 896, 151936),
+    (9, 4096, 49152),
+]
 
 
 @pytest.mark.slow
@@ -270,15 +274,21 @@ def test_workspace_changes_speed_not_results(impl):
 def test_entropy_carries_no_gradient(impl):
     inputs = SMALL.inputs()
     _, entropy = linear_logprobs(
-        inputs["hidden"].requires_grad_(), inputs["weight"], inputs["target"],
-        return_entropy=True, impl=impl,
-    )  # fmt: skip
+        inputs["hidden"].requires_grad_(),
+        inputs["weight"],
+        inputs["target"],
+        return_entropy=True,
+        impl=impl,
+    )
     assert not entropy.requires_grad
     uniform = torch.zeros(5, 24)
     _, entropy = linear_logprobs(
-        uniform, inputs["weight"].detach(), torch.zeros(5, dtype=torch.int64),
-        return_entropy=True, impl=impl,
-    )  # fmt: skip
+        uniform,
+        inputs["weight"].detach(),
+        torch.zeros(5, dtype=torch.int64),
+        return_entropy=True,
+        impl=impl,
+    )
     assert entropy.tolist() == pytest.approx([torch.tensor(301.0).log().item()] * 5, rel=1e-6)
 
 
@@ -297,9 +307,15 @@ def test_gradcheck_eager():
 
     def logprobs(hidden, weight, bias):
         return linear_logprobs(
-            hidden, weight, inputs["target"], bias=bias, softcap=2.0, temperature=0.8,
-            impl="eager", workspace_bytes=16 * 12,
-        )  # fmt: skip
+            hidden,
+            weight,
+            inputs["target"],
+            bias=bias,
+            softcap=2.0,
+            temperature=0.8,
+            impl="eager",
+            workspace_bytes=16 * 12,
+        )
 
     assert torch.autograd.gradcheck(logprobs, leaves)
 
@@ -394,7 +410,7 @@ def _bad(**changes):
         ({"impl": "cuda"}, ValueError, "impl: 'cuda' cannot serve .*these can: .*eager"),
         ({"hidden": torch.zeros(37, 24, device="meta")}, ValueError, "weight: .*device meta"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(changes, error, message):
     with pytest.raises(error, match=message):
         _bad(**changes)

@@ -115,8 +115,10 @@ def test_memory_does_not_grow_with_tokens(need_weight):
     for num_tokens in (4096, 16384):
         result = subprocess.run(
             [sys.executable, "-c", MEASURE, str(num_tokens), str(int(need_weight))],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         peaks.append(float(result.stdout))
         assert peaks[-1] < 64 + 64, num_tokens
     assert need_weight or peaks[1] < peaks[0] + 8

@@ -37,9 +37,13 @@ def inputs(dtype, frozen=False):
 def inside(values, target, **options):
     low = SCALE * (values["hidden"] @ values["a"].T)
     return linear_logprobs(
-        values["hidden"], values["weight"], target, lora=(low, values["b"]), bias=values["bias"],
+        values["hidden"],
+        values["weight"],
+        target,
+        lora=(low, values["b"]),
+        bias=values["bias"],
         **options,
-    )  # fmt: skip
+    )
 
 
 def dense(values, target, **options):

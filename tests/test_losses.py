@@ -226,8 +226,15 @@ def test_other_kinds_by_a_mapping():
 
 
 def test_metrics_by_hand():
-    units = [Unit("u", {TRACE: [TokenPair((1,), (2, 2), (3,)), TokenPair((1,), (2,), (3, 3, 3, 3))],
-                        EMPTY: [TokenPair((1,), (2,), (3,))]})]  # fmt: skip
+    units = [
+        Unit(
+            "u",
+            {
+                TRACE: [TokenPair((1,), (2, 2), (3,)), TokenPair((1,), (2,), (3, 3, 3, 3))],
+                EMPTY: [TokenPair((1,), (2,), (3,))],
+            },
+        )
+    ]
     scores_S, ref_S = fp64(-3, -5, -6, -2, -1, -1), fp64(-4, -5, -6, -4, -1, -1)
     metrics = bvpo_loss(scores_S, ref_S, pack(units), 0.75, beta=0.5).metrics
     expected = {

@@ -31,9 +31,15 @@ def test_results_are_those_of_the_other_columns(head, impl, tolerance, need, mas
     weight = weight.requires_grad_(need == "trained")
     for workspace in (None, 4096):
         logprobs, entropy = linear_logprobs(
-            hidden, weight, target, bias=bias, impl=impl, tail_tolerance=tolerance,
-            workspace_bytes=workspace, return_entropy=True,
-        )  # fmt: skip
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            impl=impl,
+            tail_tolerance=tolerance,
+            workspace_bytes=workspace,
+            return_entropy=True,
+        )
         torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
             entropy.double(), torch.special.entr(logp_TV.exp()).sum(1), rtol=1e-5, atol=2e-5

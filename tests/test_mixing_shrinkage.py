@@ -198,8 +198,18 @@ def test_safer_than_the_estimate_itself():
 
 def test_a_state_of_before_goes_on():
     """The averages are what they were: no number of the rule is among them."""
-    keys = {"version", "kinds", "sums", "weights", "jackknife", "steps", "num_units",
-            "units_skipped", "steps_skipped", "ess"}  # fmt: skip
+    keys = {
+        "version",
+        "kinds",
+        "sums",
+        "weights",
+        "jackknife",
+        "steps",
+        "num_units",
+        "units_skipped",
+        "steps_skipped",
+        "ess",
+    }
     alpha = AlphaEstimator(warmup=0)
     for step in many_stats(population().draw(12, 6)):
         alpha.update(step)

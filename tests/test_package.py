@@ -40,8 +40,12 @@ def build_wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
     command = [sys.executable, "-m", "pip", "wheel", ".", "-v", "--no-deps", "--no-build-isolation"]
     result = subprocess.run(
         [*command, "-w", str(tmp_path)],
-        cwd=source, env=os.environ | environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=source,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     return wheel, result.stdout + result.stderr
 
@@ -56,8 +60,11 @@ def use_wheel(wheel: Path, tmp_path: Path) -> str:
     path = os.pathsep.join([str(site), str(Path(torch.__file__).parent.parent)])
     result = subprocess.run(
         [sys.executable, "-S", "-P", "-c", USE_IT],
-        cwd=tmp_path, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     imported, cpp = result.stdout.splitlines()
     assert Path(imported).is_relative_to(site)

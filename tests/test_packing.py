@@ -36,12 +36,22 @@ units = st.lists(
 def make_units():
     """Two units with both kinds (the second with two traces), one with the empty kind only."""
     return [
-        Unit("a", {TRACE: (TokenPair((1, 2), (3, 4, 5), (6,)),),
-                   EMPTY: (TokenPair((1, 2, 9), (3,), (6, 7)),)}),
-        Unit("b", {TRACE: (TokenPair((8,), (1,), (2,)), TokenPair((8,), (1, 1), (2, 2))),
-                   EMPTY: (TokenPair((8, 9), (1,), (2,)),)}),
+        Unit(
+            "a",
+            {
+                TRACE: (TokenPair((1, 2), (3, 4, 5), (6,)),),
+                EMPTY: (TokenPair((1, 2, 9), (3,), (6, 7)),),
+            },
+        ),
+        Unit(
+            "b",
+            {
+                TRACE: (TokenPair((8,), (1,), (2,)), TokenPair((8,), (1, 1), (2, 2))),
+                EMPTY: (TokenPair((8, 9), (1,), (2,)),),
+            },
+        ),
         Unit("c", {EMPTY: (TokenPair((5,), (0,), (4, 4)),)}),
-    ]  # fmt: skip
+    ]
 
 
 def cu(*bounds):
@@ -316,8 +326,9 @@ def test_sum_is_the_exact_one_rounded_once(impl, dtype):
     assert sums.dtype == torch.float32
     exact = torch.tensor([math.fsum(p.double().tolist()) for p in parts], dtype=torch.float64)
     for got, want in zip(sums, exact, strict=True):
-        assert max_error(got, want) <= 0.5001 * ulp(2.0 ** math.floor(math.log2(abs(want))),
-                                                    torch.float32)  # fmt: skip
+        assert max_error(got, want) <= 0.5001 * ulp(
+            2.0 ** math.floor(math.log2(abs(want))), torch.float32
+        )
 
 
 @pytest.mark.parametrize("impl", BACKENDS)

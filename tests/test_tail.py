@@ -60,10 +60,12 @@ def _inputs(kind: str, dtype: torch.dtype = torch.float32, tokens: int = 70) -> 
     target[::3] = torch.randint(VOCAB, (len(target[::3]),), generator=generator)
     target[-1] = -100
     return {
-        "hidden": (logits @ weight).to(dtype), "weight": weight.to(dtype), "target": target,
+        "hidden": (logits @ weight).to(dtype),
+        "weight": weight.to(dtype),
+        "target": target,
         "bias": torch.zeros(VOCAB, dtype=dtype),
         "upstream": torch.randn(tokens, generator=generator),
-    }  # fmt: skip
+    }
 
 
 def _certified(inputs, impl, need=("hidden", "weight", "bias"), **options):
@@ -409,7 +411,8 @@ def smollm2_tokens():
     with torch.no_grad():
         hidden = model.get_decoder()(ids).last_hidden_state[0, :-1]
     return {
-        "hidden": hidden.bfloat16(), "target": ids[0, 1:],
+        "hidden": hidden.bfloat16(),
+        "target": ids[0, 1:],
         "weight": model.get_output_embeddings().weight.detach().bfloat16(),
         "upstream": torch.ones(len(hidden)),
-    }  # fmt: skip
+    }

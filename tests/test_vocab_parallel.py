@@ -31,7 +31,11 @@ CASES = {
     "fp16_cpp": (replace(BASE, dtype=torch.float16, bias=False), "cpp", ALL, False, {}),
     "fp64": (replace(BASE, dtype=torch.float64), "eager", ALL, False, {}),
     "softcap_and_temperature": (
-        replace(BASE, options={"softcap": 3.0, "temperature": 1.3}), "cpp", ALL, False, {},
+        replace(BASE, options={"softcap": 3.0, "temperature": 1.3}),
+        "cpp",
+        ALL,
+        False,
+        {},
     ),
     # p_y near 1 and near 0, in either shard; an offset that eats fp32's fraction of lse.
     "peaked": (replace(BASE, scale=30.0), "eager", ALL, False, {}),
@@ -49,9 +53,13 @@ CASES = {
     "nothing_scored": (replace(BASE, ignored=1.0), "cpp", ALL, False, {}),
     # A class of the second shard as ignore_index, whose remainder is a column of the first.
     "ignored_class": (
-        replace(BASE, ignored=0.0, options={"ignore_index": 300}), "cpp", ALL, False, {},
+        replace(BASE, ignored=0.0, options={"ignore_index": 300}),
+        "cpp",
+        ALL,
+        False,
+        {},
     ),
-}  # fmt: skip
+}
 
 
 def _sharded_run(inputs, mesh, impl, need, whole_bias, **options):
@@ -62,9 +70,14 @@ def _sharded_run(inputs, mesh, impl, need, whole_bias, **options):
         leaves["bias"] = distribute_tensor(leaves["bias"], mesh, [Shard(0)])
     leaves = {name: leaf.detach().requires_grad_(name in need) for name, leaf in leaves.items()}
     logprobs, entropy = linear_logprobs(
-        leaves["hidden"], leaves["weight"], inputs["target"], bias=leaves.get("bias"),
-        return_entropy=True, impl=impl, **options,
-    )  # fmt: skip
+        leaves["hidden"],
+        leaves["weight"],
+        inputs["target"],
+        bias=leaves.get("bias"),
+        return_entropy=True,
+        impl=impl,
+        **options,
+    )
     results = {"logprobs": logprobs.detach(), "entropy": entropy}
     if logprobs.requires_grad:
         logprobs.backward(inputs["upstream"].to(logprobs.dtype))
@@ -110,9 +123,11 @@ def _certain(mesh):
     for target in range(4):
         values_V = logits_V.roll(target - 2)
         inputs = {
-            "hidden": torch.ones(1, 1), "weight": values_V[:, None].clone(),
-            "target": torch.tensor([target]), "upstream": torch.ones(1),
-        }  # fmt: skip
+            "hidden": torch.ones(1, 1),
+            "weight": values_V[:, None].clone(),
+            "target": torch.tensor([target]),
+            "upstream": torch.ones(1),
+        }
         oracle = run(inputs, "reference", dtype=torch.float64)
         for impl in ("eager", "cpp"):
             if not backends.MISSING[impl]:

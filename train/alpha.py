@@ -77,9 +77,13 @@ def build_alpha(cfg: AlphaConfig) -> AlphaSource:
                 f"gradient to measure (alpha.fixed serves 0 and 1), got {values}"
             )
     return AlphaEstimator(
-        reference=estimate.reference, target=estimate.target, ema_halflife=estimate.ema_halflife,
-        clip=estimate.clip, warmup=estimate.warmup, initial=estimate.initial,
-    )  # fmt: skip
+        reference=estimate.reference,
+        target=estimate.target,
+        ema_halflife=estimate.ema_halflife,
+        clip=estimate.clip,
+        warmup=estimate.warmup,
+        initial=estimate.initial,
+    )
 
 
 def build_stats(

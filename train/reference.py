@@ -255,9 +255,12 @@ def first_packs(plan: StepPlan, held_out: Sequence[Unit]) -> list[MicroBatch]:
 
 
 def load_or_build(
-    policy: FusedHeadLM, plan: StepPlan, held_out: Sequence[Unit], cfg: RunConfig,
+    policy: FusedHeadLM,
+    plan: StepPlan,
+    held_out: Sequence[Unit],
+    cfg: RunConfig,
     world: World = ALONE,
-) -> ReferenceCache:  # fmt: skip
+) -> ReferenceCache:
     """The cache of the run's folder, checked; built and stored there if there is none, and what it
     lacks (a longer run, other pairs) added.
 

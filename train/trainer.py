@@ -380,8 +380,9 @@ def _tail_values(certificates: Sequence[Certificate] | None, world: World) -> di
     if certificates is None:
         return {}
     counts = (
-        sum(int(c.num_tokens) for c in certificates), sum(int(c.num_dense) for c in certificates)
-    )  # fmt: skip
+        sum(int(c.num_tokens) for c in certificates),
+        sum(int(c.num_dense) for c in certificates),
+    )
     tokens, dense = (sum(n) for n in zip(*world.gather_objects(counts), strict=True))
     return {"tail/dense_share": dense / tokens if tokens else 1.0}
 

@@ -72,9 +72,11 @@ def make_inputs(case: Case) -> Inputs:
     hidden_TD += gain_T[:, None] * towards_TD / towards_TD.square().sum(1, keepdim=True)
     target_T[ignored_T] = IGNORE_INDEX
     return Inputs(
-        hidden_TD.to(case.device, case.torch_dtype), weight_VD.to(case.device, case.torch_dtype),
-        target_T.to(case.device), normal(1.0, tokens).to(case.device),
-    )  # fmt: skip
+        hidden_TD.to(case.device, case.torch_dtype),
+        weight_VD.to(case.device, case.torch_dtype),
+        target_T.to(case.device),
+        normal(1.0, tokens).to(case.device),
+    )
 
 
 def differentiate(forward: Forward, case: Case, inputs: Inputs) -> Call:
@@ -129,8 +131,11 @@ def _ours(impl: str) -> Row:
     def forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return linear_logprobs(hidden, weight, target, impl=impl)
 
-    return Row(impl, lambda case, inputs: differentiate(forward, case, inputs),
-               missing=lambda case: MISSING[impl])  # fmt: skip
+    return Row(
+        impl,
+        lambda case, inputs: differentiate(forward, case, inputs),
+        missing=lambda case: MISSING[impl],
+    )
 
 
 def _make_gemm(case: Case, inputs: Inputs) -> Call:
@@ -195,9 +200,11 @@ def gate(case: Case, inputs: Inputs) -> Gate:
     device = inputs.target_T.device
     tokens = gate_tokens(num_tokens).to(device)
     few = Inputs(
-        inputs.hidden_TD[tokens], inputs.weight_VD, inputs.target_T[tokens],
+        inputs.hidden_TD[tokens],
+        inputs.weight_VD,
+        inputs.target_T[tokens],
         inputs.dlogprobs_T[tokens],
-    )  # fmt: skip
+    )
     likely = (few.hidden_TD @ few.weight_VD.T).argmax(1)
     hit_rows = torch.cat([few.target_T[few.target_T != IGNORE_INDEX], likely]).unique()
     strided = torch.arange(0, vocab, GATE_VOCAB_STRIDE, device=device)
@@ -215,10 +222,13 @@ def gate(case: Case, inputs: Inputs) -> Gate:
     chunks = [
         pick(differentiate(oracle, case, chunk)(), slice(None))
         for chunk in map(
-            Inputs, few.hidden_TD.double().split(ORACLE_CHUNK), itertools.repeat(weight64_VD),
-            few.target_T.split(ORACLE_CHUNK), few.dlogprobs_T.double().split(ORACLE_CHUNK),
+            Inputs,
+            few.hidden_TD.double().split(ORACLE_CHUNK),
+            itertools.repeat(weight64_VD),
+            few.target_T.split(ORACLE_CHUNK),
+            few.dlogprobs_T.double().split(ORACLE_CHUNK),
         )
-    ]  # fmt: skip
+    ]
     dlogprobs_T = torch.zeros_like(inputs.dlogprobs_T).index_copy_(0, tokens, few.dlogprobs_T)
     return Gate(
         inputs=inputs._replace(dlogprobs_T=dlogprobs_T),

@@ -66,11 +66,15 @@ def make_inputs(case: Case) -> Inputs:
     """Seeded weights and tokens."""
     shape = case.shape
     config = LlamaConfig(
-        vocab_size=shape["V"], hidden_size=shape["D"], intermediate_size=8 * shape["D"] // 3,
-        num_hidden_layers=shape["L"], num_attention_heads=shape["D"] // 64,
-        num_key_value_heads=max(shape["D"] // 192, 1), tie_word_embeddings=True,
+        vocab_size=shape["V"],
+        hidden_size=shape["D"],
+        intermediate_size=8 * shape["D"] // 3,
+        num_hidden_layers=shape["L"],
+        num_attention_heads=shape["D"] // 64,
+        num_key_value_heads=max(shape["D"] // 192, 1),
+        tie_word_embeddings=True,
         max_position_embeddings=2 * shape["R"] + 1024,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(config)
     model.to(case.device, case.torch_dtype)
@@ -251,7 +255,10 @@ GROUP = Group(
         _measured("norm", "the norms' weights alone", mode="norm"),
         Row("loop", _loop),
         Row(
-            "opacus", _ghost, lambda case: why_not("opacus", "opacus.grad_sample"), _ghost_bytes,
+            "opacus",
+            _ghost,
+            lambda case: why_not("opacus", "opacus.grad_sample"),
+            _ghost_bytes,
             "norms alone, the head untied",
         ),
     ),
@@ -259,4 +266,4 @@ GROUP = Group(
     gate=gate,
     tiny=tiny,
     draw=draw,
-)  # fmt: skip
+)

@@ -67,9 +67,10 @@ def _certified(tolerance: float, case: Case, inputs: Inputs) -> Call:
             outputs = call()
         (certificate,) = log
         bounds = {
-            "dhidden": certificate.dhidden_bound_T.norm(), "dweight": certificate.dweight_bound,
+            "dhidden": certificate.dhidden_bound_T.norm(),
+            "dweight": certificate.dweight_bound,
             "dweight_rest": certificate.dweight_bound,
-        }  # fmt: skip
+        }
         return outputs | {f"bound:{name}": bound for name, bound in bounds.items()}
 
     return certified

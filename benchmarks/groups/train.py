@@ -109,7 +109,9 @@ GROUP = Group(
     quick=(_case("tiny", "float32", 1, 2, 2),),
     rows=tuple(
         Row(
-            name, _make(name), facts=_facts(name),
+            name,
+            _make(name),
+            facts=_facts(name),
             missing=_trl_missing if name == "TRL" else lambda _: "",
             package={"TRL": "trl"}.get(name, ""),
         )
@@ -120,4 +122,4 @@ GROUP = Group(
     tiny=lambda case: replace(case, mode="tiny"),
     memory=False,
     draw=draw,
-)  # fmt: skip
+)

@@ -126,9 +126,10 @@ def _make_ours(case: Case, inputs: Inputs) -> Call:
 def gate(case: Case, inputs: Inputs) -> Gate:
     """All samples; the oracle is the loop in fp64."""
     exact = Inputs(
-        copy.deepcopy(inputs.net).double(), inputs.samples_NRD.double(),
+        copy.deepcopy(inputs.net).double(),
+        inputs.samples_NRD.double(),
         inputs.upstream_NRD.double(),
-    )  # fmt: skip
+    )
     return Gate(inputs, lambda outputs: outputs, {"gram": loop(exact)}, {"gram": loop(inputs)})
 
 

@@ -209,9 +209,11 @@ def gradient_sample(model: Any) -> Tensor:
     inner = model.model
     first, last = inner.layers[0], inner.layers[-1]
     weights = (
-        inner.norm.weight, first.self_attn.k_proj.weight, last.mlp.down_proj.weight,
+        inner.norm.weight,
+        first.self_attn.k_proj.weight,
+        last.mlp.down_proj.weight,
         inner.embed_tokens.weight,
-    )  # fmt: skip
+    )
     grads = [getattr(w.grad, "full_tensor", lambda w=w: w.grad)().detach() for w in weights]
     grads[-1] = grads[-1][:EMBEDDING_ROWS]
     return torch.cat([grad.double().flatten() for grad in grads])

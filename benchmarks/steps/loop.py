@@ -34,9 +34,10 @@ class LoopStep:
             world = parallel.make_world(cfg.parallel, torch.device("cpu"))
         policy = FusedHeadLM(
             # FSDP2 casts the weights as it gathers them, as `train.model.head.build_policy` has it.
-            model, compute_dtype=compute if world.mesh is None else model.dtype,
+            model,
+            compute_dtype=compute if world.mesh is None else model.dtype,
             workspace_bytes=workspace_bytes(cfg),
-        )  # fmt: skip
+        )
         if world.mesh is not None:
             policy.run_device = world.device
             parallel.shard(policy, cfg.parallel, world, compute)

@@ -67,10 +67,12 @@ class TRLStep:
     def _row(self, pair: TokenPair) -> dict[str, Any]:
         chosen, rejected = self.inputs.reference_of(pair)
         return {
-            "prompt_ids": list(pair.prompt), "chosen_ids": list(pair.chosen),
-            "rejected_ids": list(pair.rejected), "ref_chosen_logps": chosen,
+            "prompt_ids": list(pair.prompt),
+            "chosen_ids": list(pair.chosen),
+            "rejected_ids": list(pair.rejected),
+            "ref_chosen_logps": chosen,
             "ref_rejected_logps": rejected,
-        }  # fmt: skip
+        }
 
     def run(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)

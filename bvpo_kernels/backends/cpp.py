@@ -69,9 +69,12 @@ def head_statistics(
         )
     )  # fmt: skip
     sums = statistics.Sums(
-        gram_GG if apart else None, kinds_KVD, rows_GUD, dbias_GV if need.bias else None,
+        gram_GG if apart else None,
+        kinds_KVD,
+        rows_GUD,
+        dbias_GV if need.bias else None,
         None if left_Vk is None else left_Tk * unit,
-    )  # fmt: skip
+    )
     bounds = group_bounds(plan, hidden_TD.shape[0])
     return dhidden, dweight, *statistics.finish(hidden_TD, bias_V, bounds, sums, asked)
 

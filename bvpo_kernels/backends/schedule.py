@@ -115,9 +115,13 @@ def p_log_p(logprobs_T: Tensor) -> Tensor:
 
 
 def finish_rows(
-    head: Head, target_T: Tensor, state: Tensor, entropy: bool, unit_TD: Tensor | None = None,
+    head: Head,
+    target_T: Tensor,
+    state: Tensor,
+    entropy: bool,
+    unit_TD: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-) -> ForwardResult:  # fmt: skip
+) -> ForwardResult:
     """Join the target's own entry to the sums over the other columns."""
     max_T, sum_T, target_z_T = state[MAX], state[SUM], state[TARGET_Z]
     # logsigmoid(z_y - lse_others), the difference taken before log s is added: exact for offsets.
@@ -182,9 +186,11 @@ def forward(engine: Engine, unit: bool) -> tuple[Tensor, ...]:
     vectors = [engine.put_back(torch.cat(values)) for values in columns]
     unit_TD = torch.empty(0, dtype=engine.dtype, device=engine.device)
     return (
-        *vectors[:3], *no_lists(none), vectors[3] if entropy else none.clone(),
+        *vectors[:3],
+        *no_lists(none),
+        vectors[3] if entropy else none.clone(),
         unit_TD if sink is None else sink.result(),
-    )  # fmt: skip
+    )
 
 
 def no_lists(like: Tensor) -> tuple[Tensor, ...]:

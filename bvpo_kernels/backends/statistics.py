@@ -118,9 +118,12 @@ def backward(
 
 
 def finish(
-    hidden_TD: Tensor, bias_V: Tensor | None, bounds: list[tuple[int, int]], sums: Sums,
+    hidden_TD: Tensor,
+    bias_V: Tensor | None,
+    bounds: list[tuple[int, int]],
+    sums: Sums,
     asked: Asked,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     """The results of the op from `dbias` on; `bounds` are the groups' rows of `hidden_TD`."""
     plan, gram_GG, kept_weight = asked.plan, sums.gram_GG, sums.kinds_KVD
     if gram_GG is None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from bvpo_kernels import scope
-from bvpo_kernels.backends.eager.grad_stats import kept_shape
 from bvpo_kernels.call import Call, Inputs, Plan, accumulate_dtype
 from bvpo_kernels.grad_stats import layers as grouped
 from bvpo_kernels.grad_stats.combine import MicroBatchStats, combine
@@ -335,9 +334,7 @@ class GradStats:
     def _groups(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Token range, kind and owner (`MicroBatchStats`) of what is measured apart: the groups of
         the batch, or its pairs."""
-        ranges_G2, kind_G, unit_G = (
-            batch.group_ranges_G2, batch.group_kind_G, batch.group_unit_G
-        )  # fmt: skip
+        ranges_G2, kind_G, unit_G = (batch.group_ranges_G2, batch.group_kind_G, batch.group_unit_G)
         if self.within:
             ranges_G2 = torch.stack([batch.cu_seqlens[:-1:2], batch.cu_seqlens[2::2]], 1).long()
             kind_G, unit_G = kind_G[batch.pair_group_P], unit_G[batch.pair_group_P]
@@ -434,7 +431,7 @@ def _leaf(plan: Plan, parameter: Tensor, device: torch.device) -> Tensor | None:
     if not (plan.sketch or plan.num_kinds):
         return None
     zero = torch.zeros((), dtype=accumulate_dtype(parameter.dtype), device=device)
-    return zero.expand(kept_shape(plan, tuple(parameter.shape))).requires_grad_()
+    return zero.expand(plan.kept_shape(tuple(parameter.shape))).requires_grad_()
 
 
 def _scored(batch: PackedBatch, ranges_G2: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bvpo_kernels.backends.eager.grad_stats import inner_products
 from bvpo_kernels.mixing import StepStats
 from bvpo_kernels.mixing.moments import MIN_ESS
 from bvpo_kernels.mixing.traces import within_unit
+from bvpo_kernels.ops.grad_stats import inner_products
 
 
 @dataclass(frozen=True)

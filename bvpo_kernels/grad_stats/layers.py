@@ -127,7 +127,7 @@ def linear(layer: Layer, collection: Collection, x: Tensor) -> Tensor:
         weight, leaves = weight.mT, leaves._replace(weight=kept)  # type: ignore[union-attr]
     y = _Linear.apply(
         x, weight, bias, *leaves, carrier, collection.rows_U, *collection.plan, layer.index
-    )  # fmt: skip
+    )
     return y.movedim(0, axis) if axis else y
 
 
@@ -158,10 +158,13 @@ class _Linear(torch.autograd.Function):
             rows if ctx.carried else None, *tensors, *ctx.static,
         )  # fmt: skip
         return (
-            dx, dweight if need_weight else None, dbias if need_bias else None,
-            *_given(ctx, record, kept_weight, kept_bias), drows if ctx.carried else None,
+            dx,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            *_given(ctx, record, kept_weight, kept_bias),
+            drows if ctx.carried else None,
             *[None] * (len(ctx.needs_input_grad) - 7),
-        )  # fmt: skip
+        )
 
 
 def embedding(layer: Layer, collection: Collection, ids: Tensor) -> Tensor:
@@ -227,9 +230,13 @@ def norm(layer: Layer, collection: Collection, x: Tensor, y: Tensor) -> Tensor:
         x, y = x.movedim(axis, 0), y.movedim(axis, 0)
     trained = (layer.weight is not None, layer.bias is not None)
     y = _Norm.apply(
-        y, x.detach(), (layer.form.eps, layer.form.centered, *trained),
-        *_Leaves.of(layer, collection), *collection.plan, layer.index,
-    )  # fmt: skip
+        y,
+        x.detach(),
+        (layer.form.eps, layer.form.centered, *trained),
+        *_Leaves.of(layer, collection),
+        *collection.plan,
+        layer.index,
+    )
     return y.movedim(0, axis) if axis else y
 
 

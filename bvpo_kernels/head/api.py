@@ -119,9 +119,10 @@ def _autocast(inputs: Inputs) -> Inputs:
         return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
     return inputs._replace(
-        hidden_TD=cast(inputs.hidden_TD), weight_VD=cast(inputs.weight_VD),
+        hidden_TD=cast(inputs.hidden_TD),
+        weight_VD=cast(inputs.weight_VD),
         low_TR=cast(inputs.low_TR),
-    )  # fmt: skip
+    )
 
 
 def _naive(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
@@ -130,9 +131,11 @@ def _naive(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     if low is not None and lora_b is not None:
         hidden, weight = torch.cat([hidden, low], 1), torch.cat([weight, lora_b], 1)
     head: dict[str, Any] = {
-        "bias_V": bias, "temperature": call.temperature, "softcap": call.softcap,
+        "bias_V": bias,
+        "temperature": call.temperature,
+        "softcap": call.softcap,
         "ignore_index": call.ignore_index,
-    }  # fmt: skip
+    }
     if call.tail_tolerance == 0:
         return oracle.linear_logprobs(hidden, weight, target, **head)
     logprobs, tail, count = sparse_oracle.linear_logprobs(

@@ -133,11 +133,13 @@ def _adapters(head: Any, model: str) -> tuple[Adapter, ...]:
             raise ValueError(f"model: expected LoRA without a bias on the LM head of {model}")
     return tuple(
         Adapter(
-            head.lora_A[name].weight, head.lora_B[name].weight, float(head.scaling[name]),
+            head.lora_A[name].weight,
+            head.lora_B[name].weight,
+            float(head.scaling[name]),
             head.lora_dropout[name],
         )
         for name in names
-    )  # fmt: skip
+    )
 
 
 def call_with_hooks(head: Any, function: Callable[..., Any], *args: Any) -> Any:

@@ -178,9 +178,13 @@ class RowEncoder:
         return _Prompt(column, before, chat=chat, rendered=before, wrap=wrap, end=end)
 
     def _apply(
-        self, where: str, column: str, chat: _Chat, answers: Sequence[Message],
+        self,
+        where: str,
+        column: str,
+        chat: _Chat,
+        answers: Sequence[Message],
         add_prompt: bool = True,
-    ) -> str:  # fmt: skip
+    ) -> str:
         messages = [*chat.messages, *answers]
         continued = chat.messages[-1]["role"] == "assistant"
         if answers and continued:  # the first answer goes on with the prompt's last message
@@ -263,9 +267,11 @@ class RowEncoder:
             raise bad_cell(where, column, f"{forms}, as {prompt.column} has", short(value))
         elif prompt.chat is None:
             raise bad_cell(
-                where, column, f"a text, as {prompt.column} has, or messages in both",
+                where,
+                column,
+                f"a text, as {prompt.column} has, or messages in both",
                 f"messages: {short(value)}",
-            )  # fmt: skip
+            )
         else:
             messages = list(read_messages(where, column, value))
         first = messages[0]
@@ -288,11 +294,13 @@ class RowEncoder:
             return
         if any(m and m in response.text for m in (self.markers.open, self.markers.close)):
             raise bad_cell(
-                where, prompt.column, "a prompt that leaves the trace to the response (set the chat"
+                where,
+                prompt.column,
+                "a prompt that leaves the trace to the response (set the chat"
                 " template's switch in the column chat_template_kwargs, such as"
                 " {'enable_thinking': True} or {'thinking': True})",
                 f"{_end_of(prompt.text)} before a trace in {column}",
-            )  # fmt: skip
+            )
 
     def _templated(
         self, where: str, column: str, prompt: _Prompt, messages: list[Message]
@@ -309,10 +317,12 @@ class RowEncoder:
         missing = missing_from(given, text)
         if rest == whole or missing:
             raise bad_cell(
-                where, column, "an answer that the chat template writes behind the prompt as it is"
+                where,
+                column,
+                "an answer that the chat template writes behind the prompt as it is"
                 " (a trace within the content, or texts or token ids in place of messages)",
                 f"a render without {short((missing or given)[0])}: {_end_of(rest)}",
-            )  # fmt: skip
+            )
         return _ended(text.rstrip(), given, prompt.end)
 
     # Ids

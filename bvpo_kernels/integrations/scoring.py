@@ -82,9 +82,13 @@ def _call(model: Any, tokens_T: Tensor, position_ids_T: Tensor, target_T: Tensor
     """[1, T] log-probabilities of the targets."""
     try:
         out = model(
-            input_ids=tokens_T[None], position_ids=position_ids_T[None], attention_mask=None,
-            use_cache=False, shift_labels=target_T[None], fused_lm_head=True,
-        )  # fmt: skip
+            input_ids=tokens_T[None],
+            position_ids=position_ids_T[None],
+            attention_mask=None,
+            use_cache=False,
+            shift_labels=target_T[None],
+            fused_lm_head=True,
+        )
     except TypeError as error:
         if "fused_lm_head" in str(error):
             raise _not_patched(model) from error

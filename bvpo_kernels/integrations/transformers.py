@@ -273,9 +273,13 @@ def _routes(config: Any) -> bool:
 
 
 def _score(
-    model: Any, hidden_BLD: Tensor, labels: Tensor | None, shift_labels: Tensor | None,
-    num_items: Any, options: _Options,
-) -> FusedHeadOutput:  # fmt: skip
+    model: Any,
+    hidden_BLD: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    num_items: Any,
+    options: _Options,
+) -> FusedHeadOutput:
     """The head on every row; rows without a label cost nothing on a CPU, and are 0."""
     if shift_labels is None:
         assert labels is not None

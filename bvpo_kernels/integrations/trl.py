@@ -95,9 +95,10 @@ class BVPOConfig(DPOConfig):
             "use_weighting": (self.use_weighting, "it needs sum_v p_v^2 of every token"),
             "truncation_mode": (self.truncation_mode != "keep_start", "expected keep_start"),
             "disable_dropout": (
-                not self.disable_dropout, "policy and reference differ in their weights only"
+                not self.disable_dropout,
+                "policy and reference differ in their weights only",
             ),
-        }  # fmt: skip
+        }
         if self.estimate_alpha:
             sorts = {"aot", "aot_unpaired"} & set(self.loss_type)
             options: Any = self.gradient_checkpointing_kwargs or {}
@@ -203,10 +204,12 @@ class BVPOTrainer(DPOTrainer):
         workspace = self.args.head_workspace_mib
         with trl_checks.probing(model):
             patch_model(
-                model, outputs=("log_probs", "entropy", *(() if softcap else ("mean_logits",))),
-                impl=self.args.head_impl, check=check,
+                model,
+                outputs=("log_probs", "entropy", *(() if softcap else ("mean_logits",))),
+                impl=self.args.head_impl,
+                check=check,
                 workspace_bytes=None if workspace is None else workspace * 2**20,
-            )  # fmt: skip
+            )
             if check:
                 trl_checks.require_trainable(model)
             if policy is None and self.args.estimate_alpha:
@@ -218,9 +221,11 @@ class BVPOTrainer(DPOTrainer):
         args, rows = self.args, self.train_dataset
         trl_checks.check_units(args, args.per_device_train_batch_size, len(rows))  # type: ignore
         self._alpha = AlphaEstimator(
-            ema_halflife=args.alpha_halflife, clip=(args.alpha_low, args.alpha_high),
-            warmup=args.alpha_warmup, initial=args.alpha,
-        )  # fmt: skip
+            ema_halflife=args.alpha_halflife,
+            clip=(args.alpha_low, args.alpha_high),
+            warmup=args.alpha_warmup,
+            initial=args.alpha,
+        )
         mode: Any = args.stats_mode
         cross: Any = args.stats_cross
         self._stats = GradStats(
@@ -273,9 +278,12 @@ class BVPOTrainer(DPOTrainer):
         trl_data.check_fits(dataset, name, self.model)
         known, args = getattr(self, "_precompute_model_hash", None), self.args
         how = (
-            self.accelerator.mixed_precision, self.model.config._attn_implementation,
-            args.head_impl, args.max_length, args.ld_alpha,
-        )  # fmt: skip
+            self.accelerator.mixed_precision,
+            self.model.config._attn_implementation,
+            args.head_impl,
+            args.max_length,
+            args.ld_alpha,
+        )
         self._precompute_model_hash = Hasher.hash((known, how))
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)

@@ -173,9 +173,12 @@ def tokenize(dataset: Dataset, encode: RowEncoder, num_proc: int | None = None) 
     state = PartialState()
     with state.main_process_first(), state.local_main_process_first():
         return dataset.with_format(None).map(
-            encode, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc,
+            encode,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            num_proc=num_proc,
             desc="Tokenizing both kinds",
-        )  # fmt: skip
+        )
 
 
 def check_ids(dataset: Dataset, name: str) -> None:

@@ -43,9 +43,11 @@ class PackedPass:
     """
 
     def __init__(
-        self, model: Any, inputs: Mapping[str, Any],
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
         autocast: Callable[[], AbstractContextManager[None]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.inputs, self.autocast = model, inputs, autocast
         self.fields: dict[str, Tensor] = {}
 
@@ -56,10 +58,14 @@ class PackedPass:
             # No mask and no cache: only then does attention keep segments apart by position.
             with self.autocast():
                 out = self.model(
-                    input_ids=batch.tokens_T[None], position_ids=batch.position_ids_T[None],
-                    attention_mask=None, use_cache=False, shift_labels=batch.target_T[None],
-                    fused_lm_head=True, max_scored=batch.num_scored,
-                )  # fmt: skip
+                    input_ids=batch.tokens_T[None],
+                    position_ids=batch.position_ids_T[None],
+                    attention_mask=None,
+                    use_cache=False,
+                    shift_labels=batch.target_T[None],
+                    fused_lm_head=True,
+                    max_scored=batch.num_scored,
+                )
             names = ("log_probs", "entropy", "mean_logits")
             self.fields = {name: out[name][0] for name in names if name in out}
         padded = self.inputs[kind]

@@ -101,9 +101,12 @@ def _divisor(kind: str, pairs: Tensor, pair_counts: Mapping[str, int | Tensor] |
 
 
 def _unit_scale(
-    weight: float | Tensor, share: Tensor, batch: PackedBatch, kind: int,
+    weight: float | Tensor,
+    share: Tensor,
+    batch: PackedBatch,
+    kind: int,
     unit_counts: Mapping[str, int] | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Factor of a unit's mean gradient: weight / units of the step, where those are known; else the
     batch's `share` of the weight over the batch's units."""
     units = (batch.group_kind_G == kind).sum()

@@ -67,8 +67,9 @@ def dpo_loss(
     noisy preferences and relationship to IPO", 2023.
     """
     _check_beta(beta)
-    checks.number("label_smoothing", label_smoothing, lambda e: 0 <= e < 0.5,
-                  "a number in [0, 0.5)")  # fmt: skip
+    checks.number(
+        "label_smoothing", label_smoothing, lambda e: 0 <= e < 0.5, "a number in [0, 0.5)"
+    )
     ratio_chosen, ratio_rejected = _log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     logits = beta * (ratio_chosen - ratio_rejected)
     if label_smoothing == 0:

@@ -17,6 +17,8 @@ from bvpo_kernels.call import PLAN, Plan, cut
 from bvpo_kernels.ops.head import kept, record, tied_rows
 from bvpo_kernels.ops.library import define
 
+# What is kept of gradients is multiplied outside of operators, as their tiles are inside.
+inner_products = eager.inner_products
 _REDUCE: dict[str, Any] = {"eager": eager.pair_reduce}
 if not backends.MISSING["triton"]:  # importing these modules needs triton
     from bvpo_kernels.backends import cuda
@@ -56,9 +58,12 @@ def _cannot_reduce(name: str, tiles: Tensor, total: Tensor, plain: bool) -> str:
 
 
 def _reduce(
-    tiles: Tensor, total: Tensor, weights: Tensor | None = None, add: bool = False,
+    tiles: Tensor,
+    total: Tensor,
+    weights: Tensor | None = None,
+    add: bool = False,
     impl: str = "auto",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """total = sum_k w_k A_k of K tiles [K, R, D] (weights None: 1; add: added to what it holds),
     in fp32 (fp64 for fp64), rounded once; returns the Gram matrix <A_k, A_l> [K, K] in fp64. Two
     kinds of a unit give |g_t|^2, |g_e|^2 and <g_t, g_e>."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from bvpo_kernels import backends, checks
 from bvpo_kernels.backends import cpp, schedule, sparse, statistics
 from bvpo_kernels.backends.eager.engine import TorchEngine
-from bvpo_kernels.backends.eager.grad_stats import kept_shape
 from bvpo_kernels.backends.statistics import Asked
 from bvpo_kernels.call import (
     CALL,
@@ -142,10 +141,12 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
         return torch.empty_like(tensor) if needed and tensor is not None else None
 
     grads = Gradients(
-        like(inputs.hidden_TD, need.hidden), like(inputs.weight_VD, need.weight),
-        like(inputs.bias_V, need.bias), like(inputs.low_TR, need.hidden),
+        like(inputs.hidden_TD, need.hidden),
+        like(inputs.weight_VD, need.weight),
+        like(inputs.bias_V, need.bias),
+        like(inputs.low_TR, need.hidden),
         like(inputs.lora_b_VR, True),
-    )  # fmt: skip
+    )
     return _empty(grads, inputs)
 
 
@@ -227,7 +228,7 @@ def kept(plan: Plan, shape: tuple[Any, ...], like: Tensor, needed: bool = True) 
     dtype = accumulate_dtype(like.dtype)
     if not needed or not (plan.sketch or plan.num_kinds):
         return like.new_empty(0, dtype=dtype)
-    return like.new_empty(kept_shape(plan, shape), dtype=dtype)
+    return like.new_empty(plan.kept_shape(shape), dtype=dtype)
 
 
 def tied_rows(plan: Plan, rows_U: Tensor | None, like: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ def adapted(head=False, dtype=torch.float32, moved=False, **options):
     """A tiny Qwen3 with LoRA of rank 3; `moved`: as after some training."""
     model = add_adapters(
         tiny_model(Qwen3Config, dtype, tie_word_embeddings=False),
-        AdapterConfig(rank=3, alpha=6.0, head=head, **options), seed=0,
-    )  # fmt: skip
+        AdapterConfig(rank=3, alpha=6.0, head=head, **options),
+        seed=0,
+    )
     if moved:
         torch.manual_seed(2)
         with torch.no_grad():
@@ -46,8 +47,9 @@ def test_all_linear_layers_but_the_head():
     with_head = adapter_names(adapted(head=True))
     added = sorted(set(with_head) - set(names))
     assert [name.rpartition("lm_head.")[2] for name in added] == [
-        "lora_A.default.weight", "lora_B.default.weight"
-    ]  # fmt: skip
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+    ]
 
 
 def test_targets_by_name_and_what_is_refused():

@@ -41,8 +41,9 @@ def run(reference: str, head_too: bool, folder: Path, world: parallel.World) -> 
     lines = [trainer.train_step(step) for step in range(3)]
     trained = {
         name: parallel.whole(p).detach()
-        for name, p in policy.named_parameters() if is_adapter(name)
-    }  # fmt: skip
+        for name, p in policy.named_parameters()
+        if is_adapter(name)
+    }
     merged = merged_weights(policy.model)
     return {"lines": lines, "adapters": trained, "merged": merged}
 

@@ -100,9 +100,10 @@ def test_run_measures_and_uses_the_weight(tmp_path, mode, capsys):
     printed = capsys.readouterr().out
     last = lines[-1]
     star = (
-        f"a* = {last['alpha_star']:.3f}," if last["alpha_determined"]
+        f"a* = {last['alpha_star']:.3f},"
+        if last["alpha_determined"]
         else "a* is not determined by these steps:"
-    )  # fmt: skip
+    )
     interval = f"95 % interval [{last['alpha_lo']:.3f}, {last['alpha_hi']:.3f}]"
     assert f"{star} {interval}, for batches of 4 units\n" in printed
     assert (
@@ -118,8 +119,16 @@ def test_run_measures_and_uses_the_weight(tmp_path, mode, capsys):
 
 def test_summary_compares_the_errors():
     """MSE(a) = 1 - a + a^2 is 3/4 at 1/2 and 1 at both ends; a negative estimate says nothing."""
-    log = {"alpha_star": 0.5, "trS_t": 1.0, "trS_e": 1.0, "trS_te": 0.0, "delta_sq": 0.1,
-           "mse_0": 1.0, "mse_1": -1.0, "mse_2": 1.0}  # fmt: skip
+    log = {
+        "alpha_star": 0.5,
+        "trS_t": 1.0,
+        "trS_e": 1.0,
+        "trS_te": 0.0,
+        "delta_sq": 0.1,
+        "mse_0": 1.0,
+        "mse_1": -1.0,
+        "mse_2": 1.0,
+    }
     text = report.alpha_summary(log, 8)
     assert "error of the gradient at a*: 0.750 x a = 0, 1.000 x a = 1/2, 0.750 x a = 1\n" in text
     assert "error of" not in report.alpha_summary({**log, "mse_0": 0.2}, 8)

@@ -41,9 +41,18 @@ class Kernel:
         self.calls = []
 
         def newer(
-            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
-            window_size=(-1, -1), enable_gqa=False,
-        ):  # fmt: skip
+            query,
+            key,
+            value,
+            cu_seq_q,
+            cu_seq_k,
+            max_q,
+            max_k,
+            *,
+            scale=None,
+            window_size=(-1, -1),
+            enable_gqa=False,
+        ):
             assert enable_gqa or query.shape[1] == key.shape[1]
             self.calls.append((query.dtype, query.shape, key.shape, max_q))
             assert torch.equal(cu_seq_q, cu_seq_k)
@@ -52,13 +61,28 @@ class Kernel:
             return segments_through_sdpa(query, key, value, cu_seq_q, scale, window_size)
 
         def older(
-            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
+            query,
+            key,
+            value,
+            cu_seq_q,
+            cu_seq_k,
+            max_q,
+            max_k,
+            *,
+            scale=None,
             window_size=(-1, -1),
-        ):  # fmt: skip
+        ):
             return newer(
-                query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale,
+                query,
+                key,
+                value,
+                cu_seq_q,
+                cu_seq_k,
+                max_q,
+                max_k,
+                scale=scale,
                 window_size=window_size,
-            )  # fmt: skip
+            )
 
         monkeypatch.setattr(attention, "varlen_attn", newer if gqa else older)
 
@@ -122,9 +146,12 @@ MODELS = {
 
 def hidden_states(model, batch):
     return model.get_decoder()(
-        input_ids=batch.tokens_T[None], position_ids=batch.position_ids_T[None],
-        attention_mask=None, use_cache=False, **segment_options(model, batch),
-    ).last_hidden_state[0]  # fmt: skip
+        input_ids=batch.tokens_T[None],
+        position_ids=batch.position_ids_T[None],
+        attention_mask=None,
+        use_cache=False,
+        **segment_options(model, batch),
+    ).last_hidden_state[0]
 
 
 @pytest.mark.parametrize("gqa", [True, False])
@@ -193,9 +220,9 @@ def test_autocast_decides_the_dtype(monkeypatch):
 def test_what_is_not_served_is_refused(monkeypatch, implementation):
     Kernel(monkeypatch, gqa=True)
     model = tiny_model(attention=implementation)
-    function = {
-        VARLEN: attention.varlen_attention, SEGMENTS: attention.segments_attention
-    }[implementation]  # fmt: skip
+    function = {VARLEN: attention.varlen_attention, SEGMENTS: attention.segments_attention}[
+        implementation
+    ]
     layer = model.model.layers[0].self_attn
     q, kv = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     for options, what in [

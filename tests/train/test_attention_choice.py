@@ -28,10 +28,11 @@ MODELS = {
     "chunks": (
         hf.Llama4TextConfig,
         {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8},
-        SDPA, r"a window or chunk \(8 tokens\) that only the mask has",
+        SDPA,
+        r"a window or chunk \(8 tokens\) that only the mask has",
     ),
     "own mask": (hf.DogeConfig, {}, SDPA, "a mask of its own"),
-}  # fmt: skip
+}
 
 
 def policy_of(name):

@@ -316,8 +316,10 @@ def test_a_killed_save_leaves_the_old_or_the_new(tmp_path, target, call, step):
         run.step()
     make(tmp_path).save(4, run.state.state_dict())
     assert {path.name for path in tmp_path.iterdir()} <= {
-        "step-00000002", "step-00000003", "step-00000004",
-    }  # fmt: skip
+        "step-00000002",
+        "step-00000003",
+        "step-00000004",
+    }
     whole = Run()
     for _ in range(4):
         whole.step()

@@ -206,7 +206,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (OSError("page one\n page two"), "train: error: page one page two ("),
         (MemoryError(), "train: error: MemoryError"),
     ],
-)  # fmt: skip
+)
 def test_errors_of_disk_and_packages(monkeypatch, capsys, tmp_path, error, message):
     """One line with the file and the option whose value led there."""
     names = {"RUNS": tmp_path / "runs", "MODEL": tmp_path / "model", "OUT": tmp_path / "out.jsonl"}
@@ -221,9 +221,11 @@ def test_errors_of_disk_and_packages(monkeypatch, capsys, tmp_path, error, messa
         error = type(error)(error.errno, error.strerror, placed(error.filename), *second)
     fails_with(monkeypatch, error)
     options = [
-        f"--run_dir={names['RUNS']}", f"--model.name={names['MODEL']}",
-        f"--rank.output={names['OUT']}", "--model.compute_dtype=float32",
-    ]  # fmt: skip
+        f"--run_dir={names['RUNS']}",
+        f"--model.name={names['MODEL']}",
+        f"--rank.output={names['OUT']}",
+        "--model.compute_dtype=float32",
+    ]
     assert cli.main(["train", *options]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

@@ -28,9 +28,12 @@ MODELS = ("r1-distill-qwen-1.5b", "r1-distill-qwen-7b", "r1-0528-qwen3-8b")
 LENGTHS = ("4k", "16k", "32k")
 # Wide enough that activations are a hundred times what a step allocates beside them.
 WIDE = {
-    "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "head_dim": 16,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
     "max_position_embeddings": 4096,
-}  # fmt: skip
+}
 
 
 def one_unit(tokens: int) -> Unit:
@@ -50,9 +53,11 @@ def plan(tmp_path, tokens=512, checkpoint=None, attention="sdpa", compute="float
 def build(cfg, config_class, **options) -> FusedHeadLM:
     model = tiny_model(config_class, attention=cfg.model.attention, **WIDE, **options)
     policy = FusedHeadLM(
-        model, compute_dtype=getattr(torch, cfg.model.compute_dtype), impl="eager",
+        model,
+        compute_dtype=getattr(torch, cfg.model.compute_dtype),
+        impl="eager",
         workspace_bytes=workspace_bytes(cfg),
-    )  # fmt: skip
+    )
     policy.train()
     checkpoint_activations(model, cfg.train.checkpoint_layers)
     return policy

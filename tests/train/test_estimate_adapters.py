@@ -33,9 +33,11 @@ def adapted(tmp_path, checkpoint=None, attention="eager", dtype="float32", **opt
     )
     model = add_adapters(base, cfg.adapter, seed=0)
     policy = FusedHeadLM(
-        model, compute_dtype=getattr(torch, dtype), impl="eager",
+        model,
+        compute_dtype=getattr(torch, dtype),
+        impl="eager",
         workspace_bytes=workspace_bytes(cfg),
-    )  # fmt: skip
+    )
     policy.train()
     checkpoint_activations(model, checkpoint)
     return cfg, policy
@@ -62,10 +64,15 @@ def test_parameters_gradients_and_optimizer_are_exact(tmp_path, dtype, head):
 
 @pytest.mark.parametrize(
     ("checkpoint", "attention", "dtype", "options"),
-    [(None, "eager", "float32", {}), (1, "eager", "float32", {}), (2, "sdpa", "float32", {}),
-     (None, "sdpa", "bfloat16", {}), (None, "eager", "float32", {"head": True}),
-     (1, "sdpa", "float32", {"targets": ["q_proj", "v_proj"]})],
-)  # fmt: skip
+    [
+        (None, "eager", "float32", {}),
+        (1, "eager", "float32", {}),
+        (2, "sdpa", "float32", {}),
+        (None, "sdpa", "bfloat16", {}),
+        (None, "eager", "float32", {"head": True}),
+        (1, "sdpa", "float32", {"targets": ["q_proj", "v_proj"]}),
+    ],
+)
 def test_activations_are_those_of_a_run(tmp_path, checkpoint, attention, dtype, options):
     cfg, policy = adapted(tmp_path, checkpoint, attention, dtype, **options)
     memory = estimate(cfg, 1, config=policy.model.config).memory

@@ -39,8 +39,10 @@ def make_cfg(tmp_path, model_folder="unused", **options) -> EvaluateConfig:
     return EvaluateConfig(run_dir=str(tmp_path / "run"), model=model, **{**sizes, **options})
 
 
-ALPACA = [{"instruction": f"Say {n}.", "dataset": "selfinstruct", "output": "o", "generator": "g"}
-          for n in range(3)]  # fmt: skip
+ALPACA = [
+    {"instruction": f"Say {n}.", "dataset": "selfinstruct", "output": "o", "generator": "g"}
+    for n in range(3)
+]
 
 
 def read_alpaca(path: Path) -> pd.DataFrame:
@@ -109,12 +111,20 @@ def test_arena_hard_needs_ids():
         ("arena_hard_v2", {"uid": "u", "prompt": "Do."}, "Do.", None),
         ("aime_2024", {"id": 60, "problem": "1+1?", "answer": "2"}, "1+1?\n\nBox.", "2"),
         ("aime_2024", {"ID": "2024-I-1", "Problem": "1?", "Answer": 2}, "1?\n\nBox.", "2"),
-        ("olympiad_bench", {"id": 1, "question": "x?", "final_answer": ["1", "2"]},
-         "x?\n\nBox.", "1, 2"),
-        ("math_500", {"unique_id": "t/1", "problem": "y?", "answer": "\\frac12"},
-         "y?\n\nBox.", "\\frac12"),
+        (
+            "olympiad_bench",
+            {"id": 1, "question": "x?", "final_answer": ["1", "2"]},
+            "x?\n\nBox.",
+            "1, 2",
+        ),
+        (
+            "math_500",
+            {"unique_id": "t/1", "problem": "y?", "answer": "\\frac12"},
+            "y?\n\nBox.",
+            "\\frac12",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_questions(tmp_path, name, record, question, answer, suffix):
     path = tmp_path / f"q{suffix}"
@@ -180,8 +190,12 @@ def test_only_what_follows_the_trace_is_judged():
     scores, counts = score_responses([record], "thinking", Verifier(), EvaluateConfig())
     assert scores == [[1.0, 0.0, 0.0, 0.0]]
     assert counts == {
-        "responses": 4, "unjudged": 2, "missing_close": 1, "unfinished": 1, "empty_answer": 0
-    }  # fmt: skip
+        "responses": 4,
+        "unjudged": 2,
+        "missing_close": 1,
+        "unfinished": 1,
+        "empty_answer": 0,
+    }
     scores, _ = score_responses([record], "no_thinking", Verifier(), EvaluateConfig())
     assert scores == [[1.0, 0.0, 1.0, 0.0]]
 
@@ -390,9 +404,10 @@ def test_paper_presets_parse_and_mark_every_value(name):
     _, cfg = cli.parse(["evaluate" if name == "evaluate" else "train", "--config", str(path)])
     assert cfg.model.empty_trace == "<think></think>"
     values = [
-        line for line in path.read_text().splitlines()
+        line
+        for line in path.read_text().splitlines()
         if ":" in line and not line.strip().startswith("#") and not line.rstrip().endswith(":")
-    ]  # fmt: skip
+    ]
     assert values
     for line in values:
         mark = line.partition("# ")[2]

@@ -49,10 +49,16 @@ def test_alpaca_eval_puts_our_files_on_its_leaderboard(tmp_path):
     ours = answer_file(tmp_path, "tiny-thinking", ["long answer"] * 3 + ["x", ""])
     theirs = answer_file(tmp_path, "reference", ["answer"] * 5)
     board, annotations = evaluate(
-        str(ours), str(theirs), annotators_config=None, Annotator=LongerWins, output_path=None,
-        precomputed_leaderboard=None, fn_metric="get_winrate", sort_by="win_rate",
+        str(ours),
+        str(theirs),
+        annotators_config=None,
+        Annotator=LongerWins,
+        output_path=None,
+        precomputed_leaderboard=None,
+        fn_metric="get_winrate",
+        sort_by="win_rate",
         is_return_instead_of_print=True,
-    )  # fmt: skip
+    )
     assert list(board.index) == ["tiny-thinking"]
     assert board.loc["tiny-thinking", "win_rate"] == pytest.approx(60.0)
     assert board.loc["tiny-thinking", "n_total"] == 5
@@ -74,43 +80,70 @@ def test_lm_eval_runs_the_model_and_gets_our_prompts_and_answers(tmp_path, model
     simple_evaluate = consumer("lm_eval").simple_evaluate
     data = write_lines(tmp_path / "q.jsonl", PROBLEMS)
     cfg = EvaluateConfig(
-        run_dir=str(tmp_path / "run"), benchmark="math", data=str(data), modes=[mode],
-        model=ModelConfig(name=str(model_folder), compute_dtype="float32"), temperature=0.0,
-        max_new_tokens=8, batch=3, engine="transformers",
-    )  # fmt: skip
+        run_dir=str(tmp_path / "run"),
+        benchmark="math",
+        data=str(data),
+        modes=[mode],
+        model=ModelConfig(name=str(model_folder), compute_dtype="float32"),
+        temperature=0.0,
+        max_new_tokens=8,
+        batch=3,
+        engine="transformers",
+    )
     run.run(cfg)
     lines = map(json.loads, (tmp_path / "run" / "responses.jsonl").open())
     ours = {line["prompt_id"]: line["modes"][mode]["responses"][0]["text"] for line in lines}
     task = {
-        "task": "sums", "dataset_path": "json", "output_type": "generate_until",
-        "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
-        "doc_to_text": "{{problem}}\n\n" + cfg.instruction, "doc_to_target": "{{answer}}",
+        "task": "sums",
+        "dataset_path": "json",
+        "output_type": "generate_until",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "doc_to_text": "{{problem}}\n\n" + cfg.instruction,
+        "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": [], "max_gen_toks": 8, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
-    }  # fmt: skip
+    }
     found = simple_evaluate(
-        "hf", {"pretrained": str(model_folder), "device": "cpu", "dtype": "float32",
-               "enable_thinking": mode == "thinking", "think_end_token": "</think>"},
-        [task], batch_size=1, apply_chat_template=True, bootstrap_iters=0,
-    )  # fmt: skip
+        "hf",
+        {
+            "pretrained": str(model_folder),
+            "device": "cpu",
+            "dtype": "float32",
+            "enable_thinking": mode == "thinking",
+            "think_end_token": "</think>",
+        },
+        [task],
+        batch_size=1,
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
     samples = found["samples"]["sums"]
     tokenizer = make_tokenizer(QWEN3_TEMPLATE)
     for sample in samples:
         (prompt, _), *_ = (instance for instance in sample["arguments"])
         question = {"role": "user", "content": sample["doc"]["problem"] + "\n\n" + cfg.instruction}
         assert prompt == tokenizer.apply_chat_template(
-            [question], tokenize=False, add_generation_prompt=True,
+            [question],
+            tokenize=False,
+            add_generation_prompt=True,
             enable_thinking=mode == "thinking",
-        )  # fmt: skip
+        )
         assert sample["resps"][0][0].strip() == ours[str(sample["doc"]["id"])].strip()
     assert len(samples) == len(ours) == len(PROBLEMS)
 
 
 @pytest.mark.parametrize(
     ("answer", "text"),
-    [("25", "so $25$"), ("025", "\\boxed{25}"), ("25", "\\boxed{24}"), ("7", "First 7, \\boxed{8}"),
-     ("204", "The answer is \\boxed{204}."), ("204", "no idea")],
-)  # fmt: skip
+    [
+        ("25", "so $25$"),
+        ("025", "\\boxed{25}"),
+        ("25", "\\boxed{24}"),
+        ("7", "First 7, \\boxed{8}"),
+        ("204", "The answer is \\boxed{204}."),
+        ("204", "no idea"),
+    ],
+)
 def test_lm_eval_judges_aime_answers_as_we_do(answer, text):
     """It compares strings, so a leading zero is the one thing to take out first."""
     judge = consumer("lm_eval.tasks.aime.utils").process_results
@@ -135,8 +168,10 @@ def test_lm_eval_and_we_read_the_same_columns(tmp_path):
 
     Loader.add_multi_constructor("!function", lambda loader, _, node: node.value)
     spelled = {"id": 1, "problem": "1+1?", "answer": "2", "solution": "2"}
-    for name, file in (("aime_2025", "aime/aime25.yaml"),
-                       ("math_500", "minerva_math/minerva_math500.yaml")):  # fmt: skip
+    for name, file in (
+        ("aime_2025", "aime/aime25.yaml"),
+        ("math_500", "minerva_math/minerva_math500.yaml"),
+    ):
         theirs = yaml.load((tasks / file).read_text(), Loader)
         source = SOURCES[name]
         assert (source.path, source.split) == (theirs["dataset_path"], theirs["test_split"])
@@ -154,9 +189,19 @@ def test_lighteval_and_we_read_the_same_columns(tmp_path):
     aime = consumer("lighteval.tasks.tasks.aime")
     math_500 = consumer("lighteval.tasks.tasks.math_500")
     olympiad = consumer("lighteval.tasks.tasks.olympiade_bench")
-    record = {"id": 1, "unique_id": "t/1", "problem": "1+1?", "question": "1+1?", "answer": "2",
-              "final_answer": ["2", "3"], "subject": "Math", "language": "English", "unit": None,
-              "answer_type": "Numerical", "is_multiple_answer": True}  # fmt: skip
+    record = {
+        "id": 1,
+        "unique_id": "t/1",
+        "problem": "1+1?",
+        "question": "1+1?",
+        "answer": "2",
+        "final_answer": ["2", "3"],
+        "subject": "Math",
+        "language": "English",
+        "unit": None,
+        "answer_type": "Numerical",
+        "is_multiple_answer": True,
+    }
     subset = SOURCES["olympiad_bench"].subset
     readers = {
         "aime_2024": (aime.aime24, aime.record_to_sample),

@@ -35,9 +35,11 @@ def test_slurm(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node-[1-2]",
-        "SLURM_NNODES": "2", "SLURM_JOB_ID": "7",
-    }  # fmt: skip
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node-[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "7",
+    }
     demo = EXAMPLES.parent / "presets" / "demo.yaml"
     command = ["bash", EXAMPLES / "slurm.sbatch", demo, "--optim.lr", "1e-6"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

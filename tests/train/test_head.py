@@ -54,7 +54,7 @@ MODELS = {
     "llama4-prefix": (Llama4TextConfig, {"intermediate_size_mlp": 48, "num_local_experts": 2}),
     "phi-bias": (PhiConfig, {}),
     "llama-eager": (LlamaConfig, {"attention": "eager"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -104,8 +104,15 @@ def with_meta(tmp_path, meta):
     return cfg, load_inputs(cfg)
 
 
-@pytest.mark.parametrize("meta", [{}, {"settings": {}}, {"settings": {"tokenizer": None}},
-                                  {"settings": {"tokenizer": "the model's"}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {},
+        {"settings": {}},
+        {"settings": {"tokenizer": None}},
+        {"settings": {"tokenizer": "the model's"}},
+    ],
+)
 def test_pairs_of_the_same_or_an_unknown_tokenizer(tmp_path, tokenizer, capsys, meta):
     cfg, found = with_meta(tmp_path, meta)
     found.check_model(tiny_model().config, tokenizer, cfg)

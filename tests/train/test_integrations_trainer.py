@@ -23,10 +23,19 @@ def trained(folder, prepare, **options):
     model = make(initializer_range=0.1).train()
     prepare(model)
     arguments = hf.TrainingArguments(
-        folder, max_steps=4, per_device_train_batch_size=2, per_device_eval_batch_size=3,
-        gradient_accumulation_steps=2, learning_rate=1e-2, logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True, use_cpu=True, seed=3,
-    )  # fmt: skip
+        folder,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=3,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+    )
     trainer = hf.Trainer(
         model, arguments, train_dataset=rows(4, 0), eval_dataset=rows(7, 1), **options
     )
@@ -98,9 +107,14 @@ def test_metrics_are_given_log_probabilities(tmp_path):
 def test_always_refuses_a_model_with_a_loss_of_its_own():
     """Bart's decoder does not shift the labels; scores by fused_lm_head=True are served."""
     config = hf.BartConfig(
-        vocab_size=97, d_model=24, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
-        max_position_embeddings=64, init_std=0.3,
-    )  # fmt: skip
+        vocab_size=97,
+        d_model=24,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        max_position_embeddings=64,
+        init_std=0.3,
+    )
     model = hf.BartForCausalLM(config).eval()
     with pytest.raises(ValueError, match=r"always: expected a model whose loss is the mean over"):
         patch_model(model, always=True)

@@ -17,9 +17,22 @@ from trl import DPOConfig, DPOTrainer
 from bvpo_kernels.integrations.trl import BVPOTrainer
 
 LOSSES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
 
 
 def as_trl(kind, count=4):
@@ -42,11 +55,14 @@ def trainers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainers")
     theirs = {
         kind: DPOTrainer(
-            model(), model(1), config(folder, DPOConfig),
-            train_dataset=Dataset.from_list(as_trl(kind)), processing_class=make_tokenizer(),
+            model(),
+            model(1),
+            config(folder, DPOConfig),
+            train_dataset=Dataset.from_list(as_trl(kind)),
+            processing_class=make_tokenizer(),
         )
         for kind in ("trace", "empty")
-    }  # fmt: skip
+    }
     return trainer(folder, alpha=0.25), theirs
 
 
@@ -93,9 +109,10 @@ def test_ld_alpha_and_f_divergence_are_trls(trainers):
 def test_two_datasets_ids_and_messages_give_the_same_pairs(tmp_path):
     texts = trainer(tmp_path).train_dataset
     second = trainer(
-        tmp_path, Dataset.from_list(as_trl("trace")),
+        tmp_path,
+        Dataset.from_list(as_trl("trace")),
         empty_dataset=Dataset.from_list(as_trl("empty")),
-    ).train_dataset  # fmt: skip
+    ).train_dataset
     assert second[:] == texts[:]
     tokenizer = make_tokenizer()
     ids = [
@@ -115,9 +132,12 @@ def test_two_datasets_ids_and_messages_give_the_same_pairs(tmp_path):
     ]
     tokenizer.chat_template = R1_TEMPLATE
     made = BVPOTrainer(
-        model(), model(1), config(tmp_path), Dataset.from_list(messages),
+        model(),
+        model(1),
+        config(tmp_path),
+        Dataset.from_list(messages),
         processing_class=tokenizer,
-    )  # fmt: skip
+    )
     row = made.train_dataset[0]
     # The template's forced marker gives way to the literal; nothing stands before the answer.
     assert tokenizer.decode(row["empty_prompt_ids"]) == (
@@ -134,10 +154,21 @@ def test_training_moves_logs_and_evaluates(tmp_path):
     first = next(line for line in log if "loss" in line)
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)  # policy and reference agree
     expected = {
-        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-        "logps/chosen", "logps/rejected", "entropy", "logits/chosen", "logits/rejected",
-        "num_tokens", "empty/rewards/margins", "trace/loss", "empty/loss", "alpha",
-    }  # fmt: skip
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "entropy",
+        "logits/chosen",
+        "logits/rejected",
+        "num_tokens",
+        "empty/rewards/margins",
+        "trace/loss",
+        "empty/loss",
+        "alpha",
+    }
     assert expected <= set(first)
     assert before["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
     assert made.evaluate()["eval_rewards/margins"] > before["eval_rewards/margins"]
@@ -170,9 +201,15 @@ def test_precomputed_reference_changes_nothing(tmp_path, peft):
 def test_estimated_alpha_is_that_of_a_loop(tmp_path):
     """Two micro-batches of two units; the statistics are undone of the weight and the division."""
     made = trainer(
-        tmp_path, max_steps=1, gradient_accumulation_steps=2, estimate_alpha=True, alpha=0.3,
-        alpha_warmup=0, stats_cross="exact", learning_rate=0.0,
-    )  # fmt: skip
+        tmp_path,
+        max_steps=1,
+        gradient_accumulation_steps=2,
+        estimate_alpha=True,
+        alpha=0.3,
+        alpha_warmup=0,
+        stats_cross="exact",
+        learning_rate=0.0,
+    )
     seen = []
     update = made._alpha.update
     made._alpha.update = lambda stats: (seen.append(stats), update(stats))
@@ -201,9 +238,13 @@ def test_estimated_alpha_is_that_of_a_loop(tmp_path):
 
 def test_resume_goes_on_as_if_nothing_had_happened(tmp_path):
     options = {
-        "estimate_alpha": True, "alpha_warmup": 1, "max_steps": 4, "save_steps": 2,
-        "save_strategy": "steps", "stats_cross": "exact",
-    }  # fmt: skip
+        "estimate_alpha": True,
+        "alpha_warmup": 1,
+        "max_steps": 4,
+        "save_steps": 2,
+        "save_strategy": "steps",
+        "stats_cross": "exact",
+    }
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
     again = trainer(tmp_path / "again", **options)
@@ -250,16 +291,21 @@ def test_trainer_refuses_by_name(tmp_path):
         trainer(tmp_path, Dataset.from_list(as_trl("trace")))
     with pytest.raises(ValueError, match="empty_dataset: expected 4 rows, got 3"):
         trainer(
-            tmp_path, Dataset.from_list(as_trl("trace")),
+            tmp_path,
+            Dataset.from_list(as_trl("trace")),
             empty_dataset=Dataset.from_list(as_trl("empty", 3)),
-        )  # fmt: skip
+        )
     with pytest.raises(TypeError, match=r"dataset: expected a datasets\.Dataset"):
         trainer(tmp_path, IterableDataset.from_generator(lambda: iter(rows())))
     with pytest.raises(ValueError, match="compute_metrics: expected None"):
         BVPOTrainer(
-            model(), model(1), config(tmp_path), Dataset.from_list(rows()),
-            processing_class=make_tokenizer(), compute_metrics=lambda _: {},
-        )  # fmt: skip
+            model(),
+            model(1),
+            config(tmp_path),
+            Dataset.from_list(rows()),
+            processing_class=make_tokenizer(),
+            compute_metrics=lambda _: {},
+        )
 
 
 def test_readme_trains_as_it_stands(tmp_path, monkeypatch):

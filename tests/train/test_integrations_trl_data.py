@@ -83,8 +83,9 @@ def test_the_limit_is_that_of_the_longest_sequence(said):
     row = whole[1]
     lengths = [
         len(row[f"{p}prompt_ids"]) + len(row[f"{p}{side}_ids"])
-        for p in ("", "empty_") for side in ("chosen", "rejected")
-    ]  # fmt: skip
+        for p in ("", "empty_")
+        for side in ("chosen", "rejected")
+    ]
     assert row_lengths(whole)[1] == max(lengths)
     one = whole.select([1])
     assert len(prepared(one, max(lengths))) == 1
@@ -113,11 +114,13 @@ def two(data, **columns):
     trace = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in data]
     empty = [
         {
-            "prompt": row["prompt"], "chosen": row["empty_chosen"],
-            "rejected": row["empty_rejected"], **columns,
+            "prompt": row["prompt"],
+            "chosen": row["empty_chosen"],
+            "rejected": row["empty_rejected"],
+            **columns,
         }
         for row in data
-    ]  # fmt: skip
+    ]
     return Dataset.from_list(trace), Dataset.from_list(empty)
 
 
@@ -127,9 +130,15 @@ def test_empty_datasets_go_with_the_datasets_of_their_names(tmp_path):
 
     def make(evals, empties):
         return BVPOTrainer(
-            model(), model(1), config(tmp_path), trace, evals, empty_dataset=empty,
-            eval_empty_dataset=empties, processing_class=tokenizer,
-        )  # fmt: skip
+            model(),
+            model(1),
+            config(tmp_path),
+            trace,
+            evals,
+            empty_dataset=empty,
+            eval_empty_dataset=empties,
+            processing_class=tokenizer,
+        )
 
     made = make({"a": trace, "b": trace}, {"a": empty, "b": empty})
     want = prepared(as_messages(rows(2)), template=QWEN3_TEMPLATE)[:]

@@ -57,9 +57,13 @@ def test_the_default_precision_starts_at_ln_2(tmp_path, reference, estimate_alph
 
         options["policy"] = peft.get_peft_model(model(0), lora())
     made = trainer(
-        tmp_path, bf16=True, max_steps=1, estimate_alpha=estimate_alpha,
-        eval_dataset=Dataset.from_list(rows(2)), **options,
-    )  # fmt: skip
+        tmp_path,
+        bf16=True,
+        max_steps=1,
+        estimate_alpha=estimate_alpha,
+        eval_dataset=Dataset.from_list(rows(2)),
+        **options,
+    )
     is_start(made.evaluate(), "eval_")
     made.train()
     is_start(made.state.log_history[0])
@@ -72,9 +76,12 @@ def test_a_reference_that_trl_makes_computes_as_the_policy_does(tmp_path):
         tmp_path / "model", dtype=torch.bfloat16, attn_implementation="eager"
     )
     made = trainer(
-        tmp_path, policy=policy, reference=None, max_steps=1,
+        tmp_path,
+        policy=policy,
+        reference=None,
+        max_steps=1,
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
-    )  # fmt: skip
+    )
     assert made.ref_model.dtype == torch.bfloat16
     assert made.ref_model.config._attn_implementation == "eager"
     made.train()
@@ -142,9 +149,12 @@ def test_attention_for_half_precision_serves_the_default_precision(tmp_path, mon
         made.config._attn_implementation_internal = name
         made.train()
     made = BVPOTrainer(
-        models[0], models[1], config(tmp_path, bf16=True, max_steps=1),
-        Dataset.from_list(rows()), processing_class=make_tokenizer(),
-    )  # fmt: skip
+        models[0],
+        models[1],
+        config(tmp_path, bf16=True, max_steps=1),
+        Dataset.from_list(rows()),
+        processing_class=make_tokenizer(),
+    )
     assert {m.config._attn_implementation for m in models} == {name}
     made.train()
     is_start(made.state.log_history[0])
@@ -155,9 +165,12 @@ def test_a_reference_of_another_architecture_is_checked(tmp_path):
     other.model.layers[0].mlp.register_forward_hook(lambda _, __, y: y + y.mean(1, keepdim=True))
     with pytest.raises(ValueError, match="mixes the segments"):
         BVPOTrainer(
-            model(), other, config(tmp_path), Dataset.from_list(rows()),
+            model(),
+            other,
+            config(tmp_path),
+            Dataset.from_list(rows()),
             processing_class=make_tokenizer(),
-        )  # fmt: skip
+        )
 
 
 def test_another_trl_is_refused_by_its_version(monkeypatch):
@@ -171,15 +184,28 @@ def test_another_trl_is_refused_by_its_version(monkeypatch):
 
 @pytest.mark.parametrize(
     ("mode", "cross", "accumulate"),
-    [("exact", "sketch", 2), ("exact", "exact", 2), ("exact", "none", 1), ("sketch", "sketch", 2),
-     ("norm", "sketch", 2)],
-)  # fmt: skip
+    [
+        ("exact", "sketch", 2),
+        ("exact", "exact", 2),
+        ("exact", "none", 1),
+        ("sketch", "sketch", 2),
+        ("norm", "sketch", 2),
+    ],
+)
 def test_a_resumed_run_measures_what_an_uninterrupted_one_does(tmp_path, mode, cross, accumulate):
     options = {
-        "estimate_alpha": True, "alpha_warmup": 1, "stats_mode": mode, "stats_cross": cross,
-        "gradient_accumulation_steps": accumulate, "max_steps": 4, "save_steps": 2,
-        "save_strategy": "steps", "seed": 5, "sketch_size": 4, "learning_rate": 1e-4,
-    }  # fmt: skip
+        "estimate_alpha": True,
+        "alpha_warmup": 1,
+        "stats_mode": mode,
+        "stats_cross": cross,
+        "gradient_accumulation_steps": accumulate,
+        "max_steps": 4,
+        "save_steps": 2,
+        "save_strategy": "steps",
+        "seed": 5,
+        "sketch_size": 4,
+        "learning_rate": 1e-4,
+    }
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
     again = trainer(tmp_path / "again", **options)
@@ -251,9 +277,12 @@ def test_too_few_rows_are_refused_before_anything_is_scored(tmp_path, monkeypatc
     monkeypatch.setattr("bvpo_kernels.integrations.trl.BVPOTrainer.compute_ref_log_probs", score)
     with pytest.raises(ValueError, match="train_dataset: expected at least 2 rows"):
         trainer(
-            tmp_path, Dataset.from_list(rows(1)), reference=None, estimate_alpha=True,
+            tmp_path,
+            Dataset.from_list(rows(1)),
+            reference=None,
+            estimate_alpha=True,
             precompute_ref_log_probs=True,
-        )  # fmt: skip
+        )
 
 
 def test_a_batch_size_that_was_found_is_checked_as_well(tmp_path):
@@ -275,15 +304,21 @@ def collected(made):
 def test_an_uneven_last_micro_batch_gives_what_one_batch_gives(tmp_path, cross):
     """Three rows as 2 and 1: TRL's mean weights the last unit twice, the statistics do not."""
     options = {
-        "estimate_alpha": True, "stats_cross": cross, "sketch_size": 300, "max_steps": -1,
+        "estimate_alpha": True,
+        "stats_cross": cross,
+        "sketch_size": 300,
+        "max_steps": -1,
         "num_train_epochs": 1,
-    }  # fmt: skip
+    }
     found = []
     for batch_size, accumulate in ((2, 2), (3, 1)):
         made = trainer(
-            tmp_path, Dataset.from_list(rows(3)), per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulate, **options,
-        )  # fmt: skip
+            tmp_path,
+            Dataset.from_list(rows(3)),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            **options,
+        )
         seen = collected(made)
         made.train()
         assert made.state.global_step == len(seen) == 1
@@ -296,15 +331,22 @@ def test_an_uneven_last_micro_batch_gives_what_one_batch_gives(tmp_path, cross):
 def test_an_uneven_epoch_trains_as_without_an_estimate(tmp_path):
     """Seven rows as 2 + 2 and 2 + 1; the weight stays that of the warm-up."""
     options = {
-        "gradient_accumulation_steps": 2, "max_steps": -1, "num_train_epochs": 1,
-        "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0,
-    }  # fmt: skip
+        "gradient_accumulation_steps": 2,
+        "max_steps": -1,
+        "num_train_epochs": 1,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+    }
     weights = []
     for estimate_alpha in (False, True):
         made = trainer(
-            tmp_path, Dataset.from_list(rows(7)), estimate_alpha=estimate_alpha,
-            stats_cross="exact", **options,
-        )  # fmt: skip
+            tmp_path,
+            Dataset.from_list(rows(7)),
+            estimate_alpha=estimate_alpha,
+            stats_cross="exact",
+            **options,
+        )
         made.train()
         assert made.state.global_step == 2
         weights.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
@@ -323,9 +365,12 @@ def test_a_last_step_of_one_unit_is_trained_and_not_measured(tmp_path):
 
 def test_repeated_rows_in_every_step_are_refused():
     args = SimpleNamespace(
-        world_size=2, gradient_accumulation_steps=2, stats_mode="exact", stats_cross="exact",
+        world_size=2,
+        gradient_accumulation_steps=2,
+        stats_mode="exact",
+        stats_cross="exact",
         dataloader_drop_last=False,
-    )  # fmt: skip
+    )
     for served in (4, 8, 9, 12):
         trl_checks.check_units(args, 2, served)
     for refused in (2, 5, 7):
@@ -337,9 +382,16 @@ def measure_on_a_rank(rank, folder):
     """Ten rows in steps of eight: the second one repeats two."""
     os.environ["LOCAL_RANK"], os.environ["MASTER_PORT"] = str(rank), "0"
     made = trainer(
-        folder, Dataset.from_list(rows(10)), reference=0, bf16=True, estimate_alpha=True,
-        stats_cross="exact", gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=1,
-    )  # fmt: skip
+        folder,
+        Dataset.from_list(rows(10)),
+        reference=0,
+        bf16=True,
+        estimate_alpha=True,
+        stats_cross="exact",
+        gradient_accumulation_steps=2,
+        max_steps=-1,
+        num_train_epochs=1,
+    )
     assert made.accelerator.num_processes == RANKS
     seen = collected(made)
     made.train()
@@ -385,9 +437,15 @@ def test_a_step_that_was_given_up_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_dropout_that_is_a_number_is_off_in_a_step(tmp_path):
     sizes = {name: value for name, value in model().config.to_dict().items() if "size" in name}
     options = Starcoder2Config(
-        **sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3, pad_token_id=0,
-    )  # fmt: skip
+        **sizes,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        residual_dropout=0.3,
+        embedding_dropout=0.3,
+        attention_dropout=0.3,
+        pad_token_id=0,
+    )
     made_of = []
     for _ in range(2):
         torch.manual_seed(0)

@@ -81,8 +81,9 @@ def test_statistics_are_those_of_the_complete_units(tmp_path, cross, kind):
 def test_training_is_that_of_an_unmeasured_run(tmp_path):
     weights, lines = [], []
     for name, alpha in {
-        "fixed": AlphaConfig(fixed=0.5), "measured": AlphaConfig(estimate=EstimateConfig(warmup=9))
-    }.items():  # fmt: skip
+        "fixed": AlphaConfig(fixed=0.5),
+        "measured": AlphaConfig(estimate=EstimateConfig(warmup=9)),
+    }.items():
         cfg = make_cfg(tmp_path / name, max_steps=3)
         cfg.alpha = alpha
         trainer = make_trainer(cfg, some_lacking(9))

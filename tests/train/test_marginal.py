@@ -22,12 +22,18 @@ def traced_units(count, traces=TRACES):
     units = make_units(count)
     extra = make_units(count * traces, seed=9)
     return [
-        replace(unit, pairs={**unit.pairs, MARGINAL: (
-            unit.pairs[TRACE][0],
-            *(extra[n * traces + k].pairs[TRACE][0] for k in range(traces - 1)),
-        )})
+        replace(
+            unit,
+            pairs={
+                **unit.pairs,
+                MARGINAL: (
+                    unit.pairs[TRACE][0],
+                    *(extra[n * traces + k].pairs[TRACE][0] for k in range(traces - 1)),
+                ),
+            },
+        )
         for n, unit in enumerate(units)
-    ]  # fmt: skip
+    ]
 
 
 def estimated(tmp_path, **options):
@@ -40,8 +46,10 @@ def estimated(tmp_path, **options):
 def test_loss_and_gradient():
     """Value at log mean exp of the ratios; gradient through the jackknifed weights."""
     pair = TokenPair((1,), (2, 3), (4,))
-    units = [replace(unit, pairs={MARGINAL: (pair,) * n}) for unit, n in
-             zip(make_units(2), (3, 5), strict=True)]  # fmt: skip
+    units = [
+        replace(unit, pairs={MARGINAL: (pair,) * n})
+        for unit, n in zip(make_units(2), (3, 5), strict=True)
+    ]
     batch = pack(units, kinds=(MARGINAL,))
     torch.manual_seed(0)
     scores_S = torch.randn(16, dtype=torch.float64, requires_grad=True)
@@ -126,14 +134,16 @@ def test_batch_target_counts_the_traces_own_noise(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "loss", "units", "match"),
-    [({}, "dpo", make_units(2), "at least 2 pairs of kind 'marginal'.*2 of 2.*unit-0"),
-     ({}, "dpo", traced_units(2, 1), "kind 'marginal'"),
-     ({}, "ipo", traced_units(2), "loss.name.*'ipo'"),
-     ({"cross": "exact"}, "dpo", traced_units(2), "cross 'sketch'"),
-     ({"target": "batch"}, "dpo", traced_units(2), "target 'population'"),
-     ({"reference": TRACE, "target": "batch"}, "dpo", make_units(2), "kind 'trace'"),
-     ({"reference": TRACE, "target": "batch", "mode": "norm"}, "dpo", make_units(2), "'exact'")],
-)  # fmt: skip
+    [
+        ({}, "dpo", make_units(2), "at least 2 pairs of kind 'marginal'.*2 of 2.*unit-0"),
+        ({}, "dpo", traced_units(2, 1), "kind 'marginal'"),
+        ({}, "ipo", traced_units(2), "loss.name.*'ipo'"),
+        ({"cross": "exact"}, "dpo", traced_units(2), "cross 'sketch'"),
+        ({"target": "batch"}, "dpo", traced_units(2), "target 'population'"),
+        ({"reference": TRACE, "target": "batch"}, "dpo", make_units(2), "kind 'trace'"),
+        ({"reference": TRACE, "target": "batch", "mode": "norm"}, "dpo", make_units(2), "'exact'"),
+    ],
+)
 def test_refusals(tmp_path, options, loss, units, match):
     cfg = estimated(tmp_path, **options)
     cfg.loss.name = loss

@@ -79,8 +79,10 @@ def test_examples_show_each_mode_its_own_form():
         ExampleConfig("3+3?", "three", "6", task="sums"),
     ]
     texts = render(CHAT_TEMPLATE, sample=SampleConfig(instruction="", examples=examples))
-    answers = {THINKING: ["<think>\ntwo and two\n</think>\n\n4", "<think>\nthree\n</think>\n\n6"],
-               NO_THINKING: [EMPTY + "4", EMPTY + "6"]}  # fmt: skip
+    answers = {
+        THINKING: ["<think>\ntwo and two\n</think>\n\n4", "<think>\nthree\n</think>\n\n6"],
+        NO_THINKING: [EMPTY + "4", EMPTY + "6"],
+    }
     for mode, replies in answers.items():
         turns = [
             f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n"
@@ -105,17 +107,21 @@ def test_a_tokenizer_without_chat_template_is_refused():
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 BEGIN = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 V31 = (
-    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}" + TURNS + BEGIN
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
+    + TURNS
+    + BEGIN
     + "{% if thinking %}<think>{% else %}</think>{% endif %}"
-)  # fmt: skip
+)
 CLOSED = TURNS + BEGIN + "{% if thinking is defined and not thinking %}<think></think>{% else %}"
 QUESTION = "<|user|>1+1?<|assistant|>"
 SMOLLM3 = (
     "{% set think = enable_thinking | default(true) %}{% if messages[0].role == 'system' and "
     "'/no_think' in messages[0].content %}{% set think = false %}{% endif %}<|system|>Mode: "
-    "{{ '/think' if think else '/no_think' }}" + TURNS + BEGIN
+    "{{ '/think' if think else '/no_think' }}"
+    + TURNS
+    + BEGIN
     + "{% if not think %}<think>\n\n</think>\n{% endif %}"
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +149,9 @@ def test_families_of_templates(template, thinking, no_thinking):
 def test_the_switch_may_be_named_or_left_out():
     template = TURNS + BEGIN + "{% if mode2 is defined and not mode2 %}</think>{% endif %}"
     assert render(template, ModelConfig(thinking_switch="mode2")) == {
-        THINKING: QUESTION, NO_THINKING: QUESTION + "</think>"
-    }  # fmt: skip
+        THINKING: QUESTION,
+        NO_THINKING: QUESTION + "</think>",
+    }
     assert render(QWEN3_TEMPLATE, ModelConfig(thinking_switch=""))[THINKING].endswith("<think>\n")
     message = r"model\.thinking_switch: expected a variable of .*'mode2'.*, got 'mode3'"
     with pytest.raises(ValueError, match=message):

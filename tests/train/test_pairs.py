@@ -16,9 +16,12 @@ from train.preferences.pairs import (
 
 def pair(prompt=(5, 6), chosen=(7, 2), rejected=(8, 9, 2), rewards=(1.0, 0.0)):
     return {
-        "prompt_ids": list(prompt), "chosen_ids": list(chosen), "rejected_ids": list(rejected),
-        "chosen_reward": rewards[0], "rejected_reward": rewards[1],
-    }  # fmt: skip
+        "prompt_ids": list(prompt),
+        "chosen_ids": list(chosen),
+        "rejected_ids": list(rejected),
+        "chosen_reward": rewards[0],
+        "rejected_reward": rewards[1],
+    }
 
 
 def unit(name="u0", **pairs):
@@ -34,12 +37,15 @@ def test_what_is_written_is_read_back(tmp_path):
     write_pairs(path, records, {"seed": 3})
     loaded = load_pairs(path)
     assert loaded.units == (
-        Unit("a", {
-            TRACE: (TokenPair((5, 6), (7, 2), (8, 9, 2)), TokenPair((5, 6), (3,), (8, 9, 2))),
-            EMPTY: (TokenPair((5, 6, 1), (7, 2), (8, 9, 2)),),
-        }),
+        Unit(
+            "a",
+            {
+                TRACE: (TokenPair((5, 6), (7, 2), (8, 9, 2)), TokenPair((5, 6), (3,), (8, 9, 2))),
+                EMPTY: (TokenPair((5, 6, 1), (7, 2), (8, 9, 2)),),
+            },
+        ),
         Unit("b", {EMPTY: (TokenPair((5, 6), (7, 2), (8, 9, 2)),)}),
-    )  # fmt: skip
+    )
     assert loaded.meta == {"seed": 3, "fingerprint": data_fingerprint(loaded.units)}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs.jsonl", "pairs.meta.json"]
 
@@ -222,10 +228,14 @@ def test_fingerprint_covers_every_id():
         *(
             Unit("u", {TRACE: (TokenPair(*ids),)})
             # The last one holds the same ids in the same order with another boundary.
-            for ids in [((9, 2), (3,), (4,)), ((1, 2), (9,), (4,)), ((1, 2), (3,), (9,)),
-                        ((1,), (2, 3), (4,))]
+            for ids in [
+                ((9, 2), (3,), (4,)),
+                ((1, 2), (9,), (4,)),
+                ((1, 2), (3,), (9,)),
+                ((1,), (2, 3), (4,)),
+            ]
         ),
-    ]  # fmt: skip
+    ]
     prints = {data_fingerprint([u]) for u in [base, *others]}
     assert len(prints) == 1 + len(others)
     assert data_fingerprint([base]) == data_fingerprint([Unit("u", dict(base.pairs))])

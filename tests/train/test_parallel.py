@@ -35,13 +35,15 @@ CASES = {
         estimate={"target": "batch"}, units=lambda: doubled(9), train={"units_per_step": 3}
     ),
     "marginal": Case(
-        estimate={"reference": "marginal"}, units=lambda: traced_units(5),
+        estimate={"reference": "marginal"},
+        units=lambda: traced_units(5),
         train={"tokens_per_micro_batch": 700},
     ),
     # In packs of their own, outside of the statistics; some steps have one such pack, some none.
     "lacking": Case(estimate={}, units=lambda: some_lacking(9), tied=True),
     "lacking, exact products": Case(
-        estimate={"cross": "exact"}, units=lambda: some_lacking(9),
+        estimate={"cross": "exact"},
+        units=lambda: some_lacking(9),
         train={"tokens_per_micro_batch": 90},
     ),
     "lacking, sketches": Case(estimate={"mode": "sketch"}, units=lambda: some_lacking(9)),
@@ -50,7 +52,7 @@ CASES = {
     "recomputed": Case(train={"checkpoint_layers": 1}, sync_every_micro_batch=True, estimate={}),
     "half recomputed": Case(train={"checkpoint_layers": 2}, tied=True),
     "sparse": Case(train={"tail_tolerance": 2.0**-6}),
-}  # fmt: skip
+}
 UNEQUAL = ("time", "seconds/", "tokens_per_second", "mfu", "micro_batches")
 
 

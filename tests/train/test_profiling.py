@@ -27,8 +27,9 @@ def names(folder, rank=0):
 def test_the_steps_asked_for_are_recorded(tmp_path):
     run_steps(ProfileConfig(steps=2, skip=3), tmp_path, 8)
     assert {name for name in names(tmp_path) if name and name.startswith("step-")} == {
-        "step-3", "step-4",
-    }  # fmt: skip
+        "step-3",
+        "step-4",
+    }
     assert "aten::add" in names(tmp_path)
     assert [path.name for path in (tmp_path / "profile").iterdir()] == ["rank-0.json.gz"]
 

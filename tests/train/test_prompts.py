@@ -95,11 +95,15 @@ def test_what_a_template_may_read_is_kept(tmp_path):
     tools = [{"type": "function", "function": {"name": "add"}}]
     records = [{"messages": turns, "tools": tools}, {"messages": turns}]
     first, second = from_jsonl(write_lines(tmp_path / "p.jsonl", records))
-    assert first.messages == second.messages == [
-        {"role": "user", "content": "1+1?"},
-        {"role": "assistant", "tool_calls": [call]},
-        {"role": "tool", "content": "2", "tool_call_id": "c"},
-    ]  # fmt: skip
+    assert (
+        first.messages
+        == second.messages
+        == [
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "2", "tool_call_id": "c"},
+        ]
+    )
     assert (first.tools, second.tools) == (tools, None)
     assert first.prompt_id != second.prompt_id
 

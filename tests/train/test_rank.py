@@ -51,14 +51,32 @@ def test_best_and_worst_answers_make_the_pairs(tmp_path):
     records = [make_record("p0", "2", thinking, no_thinking)]
     units, meta = run(tmp_path, records)
     # The first of the best and the first of the worst; ids and prompts exactly as stored.
-    assert units == [{"unit_id": "p0", "prompt_id": "p0", "pairs": {
-        "trace": [{"prompt_ids": [1, 11], "chosen_ids": thinking[1]["ids"],
-                   "rejected_ids": thinking[0]["ids"], "chosen_reward": 1.0,
-                   "rejected_reward": 0.0}],
-        "empty": [{"prompt_ids": [1, 22], "chosen_ids": no_thinking[1]["ids"],
-                   "rejected_ids": no_thinking[0]["ids"], "chosen_reward": 1.0,
-                   "rejected_reward": 0.0}],
-    }}]  # fmt: skip
+    assert units == [
+        {
+            "unit_id": "p0",
+            "prompt_id": "p0",
+            "pairs": {
+                "trace": [
+                    {
+                        "prompt_ids": [1, 11],
+                        "chosen_ids": thinking[1]["ids"],
+                        "rejected_ids": thinking[0]["ids"],
+                        "chosen_reward": 1.0,
+                        "rejected_reward": 0.0,
+                    }
+                ],
+                "empty": [
+                    {
+                        "prompt_ids": [1, 22],
+                        "chosen_ids": no_thinking[1]["ids"],
+                        "rejected_ids": no_thinking[0]["ids"],
+                        "chosen_reward": 1.0,
+                        "rejected_reward": 0.0,
+                    }
+                ],
+            },
+        }
+    ]
     assert meta["settings"] == META["settings"]
     assert meta["sample_command"] == "sampled"
     assert meta["counts"][THINKING]["accuracy"] == 0.5
@@ -81,15 +99,33 @@ def test_what_is_dropped_is_counted_under_its_reason(tmp_path, capsys):
     units, meta = run(tmp_path, records, max_response_tokens=9)
     counts = meta["counts"]
     assert counts[THINKING] == {
-        "prompts": 2, "responses": 11, "unfinished": 2, "too_long": 2, "missing_close": 2,
-        "empty_answer": 2, "scored": 3, "fewer_than_two": 1, "ties": 0, "pairs": 1,
-        "mean_score": pytest.approx(1 / 3, abs=1e-4), "accuracy": pytest.approx(1 / 11, abs=1e-4),
-    }  # fmt: skip
+        "prompts": 2,
+        "responses": 11,
+        "unfinished": 2,
+        "too_long": 2,
+        "missing_close": 2,
+        "empty_answer": 2,
+        "scored": 3,
+        "fewer_than_two": 1,
+        "ties": 0,
+        "pairs": 1,
+        "mean_score": pytest.approx(1 / 3, abs=1e-4),
+        "accuracy": pytest.approx(1 / 11, abs=1e-4),
+    }
     assert counts[NO_THINKING] == {
-        "prompts": 2, "responses": 5, "unfinished": 0, "too_long": 0, "missing_close": 0,
-        "empty_answer": 1, "scored": 4, "fewer_than_two": 0, "ties": 1, "pairs": 1,
-        "mean_score": 0.75, "accuracy": 0.6,
-    }  # fmt: skip
+        "prompts": 2,
+        "responses": 5,
+        "unfinished": 0,
+        "too_long": 0,
+        "missing_close": 0,
+        "empty_answer": 1,
+        "scored": 4,
+        "fewer_than_two": 0,
+        "ties": 1,
+        "pairs": 1,
+        "mean_score": 0.75,
+        "accuracy": 0.6,
+    }
     assert [sorted(unit["pairs"]) for unit in units] == [["empty", "trace"]]
     assert units[0]["pairs"]["trace"][0]["chosen_ids"] == thinking[5]["ids"]
     printed = capsys.readouterr().out.splitlines()

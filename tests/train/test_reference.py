@@ -92,9 +92,13 @@ def test_cache_of_another_model_is_refused(tmp_path, change):
         reference.load_or_build(policy, plan, [], cfg)
 
 
-@pytest.mark.parametrize(("casts", "other", "how"), [
-    ("fsdp", "autocast", "under torchrun"), ("autocast", "fsdp", "without torchrun"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("casts", "other", "how"),
+    [
+        ("fsdp", "autocast", "under torchrun"),
+        ("autocast", "fsdp", "without torchrun"),
+    ],
+)
 def test_the_advice_is_the_same_way_of_starting(casts, other, how):
     """Else cache-ref, followed once, would be advised again."""
     cache = reference.ReferenceCache({"casts": other}, (), torch.empty(0))

@@ -63,22 +63,31 @@ SERVED = {
     "qwen3": (QWEN3, {}, ASK, ASK + EMPTY),
     "qwen3 on": (QWEN3, {"enable_thinking": True}, ASK, ASK + EMPTY),
     "r1": (
-        R1_TEMPLATE, {}, "<|user|>1+1?<|assistant|><think>\n", "<|user|>1+1?<|assistant|>" + EMPTY,
+        R1_TEMPLATE,
+        {},
+        "<|user|>1+1?<|assistant|><think>\n",
+        "<|user|>1+1?<|assistant|>" + EMPTY,
     ),
     "deepseek": (
-        DEEPSEEK, {"thinking": True}, "<|User|>1+1?<|Assistant|><think>",
+        DEEPSEEK,
+        {"thinking": True},
+        "<|User|>1+1?<|Assistant|><think>",
         "<|User|>1+1?<|Assistant|>" + EMPTY,
     ),
     "smollm3": (
-        SMOLLM3, {}, "<|im_start|>system\n/think<|im_end|>\n" + ASK,
+        SMOLLM3,
+        {},
+        "<|im_start|>system\n/think<|im_end|>\n" + ASK,
         "<|im_start|>system\n/think<|im_end|>\n" + ASK + EMPTY,
     ),
     "mistral": (MISTRAL, {}, "[INST] 1+1? [/INST]", "[INST] 1+1? [/INST]" + EMPTY),
     "headers": (
-        HEADERS, {}, "<|user|>1+1?<|im_end|><|assistant|>",
+        HEADERS,
+        {},
+        "<|user|>1+1?<|im_end|><|assistant|>",
         "<|user|>1+1?<|im_end|><|assistant|>" + EMPTY,
     ),
-}  # fmt: skip
+}
 TRACE = "<think>\none and one\n</think>\n\n2"
 
 
@@ -132,9 +141,12 @@ def test_texts_messages_and_ids_of_a_row_give_the_same_ids(name):
     messages = encode(template, row(chat_template_kwargs=kwargs), tokenizer=tokenizer)
     space = " " if name == "mistral" else ""
     texts = {
-        "prompt": trace, "chosen": space + TRACE, "rejected": space + "<think>no idea</think>3",
-        "empty_chosen": "2", "empty_rejected": "3",
-    }  # fmt: skip
+        "prompt": trace,
+        "chosen": space + TRACE,
+        "rejected": space + "<think>no idea</think>3",
+        "empty_chosen": "2",
+        "empty_rejected": "3",
+    }
     assert encode(template, texts, tokenizer=tokenizer) == messages
     assert encode(template, texts | {"empty_prompt": empty}, tokenizer=tokenizer) == messages
     ids = {
@@ -230,8 +242,10 @@ def test_channels_are_the_templates():
         ask,
         f"<|channel|>analysis<|message|>one and one<|end|><|start|>assistant{final}2<|return|>",
         f"<|channel|>analysis<|message|>no idea<|end|><|start|>assistant{final}3<|return|>",
-        ask + empty, "2<|return|>", "3<|return|>",
-    ]  # fmt: skip
+        ask + empty,
+        "2<|return|>",
+        "3<|return|>",
+    ]
     with pytest.raises(ValueError, match=r"^empty_trace: expected a literal that ends in '<\|chan"):
         encode(CHANNELS, cells)
     with pytest.raises(ValueError, match=r"^train, row 7, chosen: .*channels in content"):
@@ -273,8 +287,12 @@ def test_a_template_that_cannot_be_used_is_refused(template, reason):
 
 
 TEXTS = {
-    "prompt": "1+1?", "chosen": TRACE, "rejected": "3", "empty_chosen": "2", "empty_rejected": "3",
-}  # fmt: skip
+    "prompt": "1+1?",
+    "chosen": TRACE,
+    "rejected": "3",
+    "empty_chosen": "2",
+    "empty_rejected": "3",
+}
 IDS = {name: [5, 1] for name in TEXTS}
 BAD = [
     (row(), name, value)
@@ -375,13 +393,16 @@ def test_tokens_that_merge_across_the_boundary_are_trls():
 
     names = ("prompt", "chosen", "rejected")
     want = theirs([{name: cells[name] for name in names} for cells in texts])
-    want_empty = theirs([
-        {
-            "prompt": cells["prompt"] + EMPTY, "chosen": cells["empty_chosen"],
-            "rejected": cells["empty_rejected"],
-        }
-        for cells in texts
-    ])  # fmt: skip
+    want_empty = theirs(
+        [
+            {
+                "prompt": cells["prompt"] + EMPTY,
+                "chosen": cells["empty_chosen"],
+                "rejected": cells["empty_rejected"],
+            }
+            for cells in texts
+        ]
+    )
     for cells, trace, empty in zip(texts, want, want_empty, strict=True):
         got = encode(None, cells, tokenizer=tokenizer)
         for name in names:
@@ -421,9 +442,10 @@ def test_ids_that_do_not_say_the_text_are_refused(monkeypatch):
             encode(None, cells, tokenizer=losing)
     cutting = merging_tokenizer([])
     monkeypatch.setattr(
-        type(cutting), "__call__",
+        type(cutting),
+        "__call__",
         lambda self, text, **_: {"input_ids": self.encode(text, add_special_tokens=False)[:20]},
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match=r"^train, row 7, chosen: expected its text in the ids"):
         encode(None, TEXTS, tokenizer=cutting)
     monkeypatch.undo()

@@ -139,10 +139,23 @@ def test_the_figure_carries_the_name_of_the_run(tmp_path, monkeypatch):
 
 # Keys of runs that are not made below: with extra traces, or where a* is on its way.
 ELSEWHERE = {
-    "ess", "bias_t_sq", "bias_e_sq", "units_lacking_a_kind", "alpha_determined", "alpha_next",
-    "alpha_credibility", "alpha_units", "alpha_units_needed", "alpha_warmup_left", "B_mix", "kappa",
-    "alpha_se", "alpha_lo", "alpha_hi", "mfu",
-}  # fmt: skip
+    "ess",
+    "bias_t_sq",
+    "bias_e_sq",
+    "units_lacking_a_kind",
+    "alpha_determined",
+    "alpha_next",
+    "alpha_credibility",
+    "alpha_units",
+    "alpha_units_needed",
+    "alpha_warmup_left",
+    "B_mix",
+    "kappa",
+    "alpha_se",
+    "alpha_lo",
+    "alpha_hi",
+    "mfu",
+}
 STAGES = {"data", "reference", "forward", "backward", "optimizer", "statistics", "checkpoint"}
 
 

@@ -115,8 +115,10 @@ def test_records_hold_ids_as_generated(finished_run):
         for mode, limit in ((THINKING, 12), (NO_THINKING, 6)):
             part = record["modes"][mode]
             prompt = tokenizer.decode(part["prompt_ids"])
-            assert prompt.endswith(f"{record['messages'][-1]['content']}<|im_end|>\n"
-                                   f"<|im_start|>assistant\n{opening[mode]}")  # fmt: skip
+            assert prompt.endswith(
+                f"{record['messages'][-1]['content']}<|im_end|>\n"
+                f"<|im_start|>assistant\n{opening[mode]}"
+            )
             assert len(part["responses"]) == 3
             for response in part["responses"]:
                 assert 1 <= len(response["ids"]) <= limit
@@ -253,8 +255,10 @@ def test_tools_are_stored_with_their_prompt(cfg, tmp_path):
     folder = save_causal_lm(tmp_path / "tools")
     make_tokenizer(template).save_pretrained(folder)
     cfg.model.name = str(folder)
-    records = [{"prompt": "Hi", "id": "a", "answer": "5", "tools": [{"name": "add"}]},
-               {"prompt": "Ho", "id": "b", "answer": "5"}]  # fmt: skip
+    records = [
+        {"prompt": "Hi", "id": "a", "answer": "5", "tools": [{"name": "add"}]},
+        {"prompt": "Ho", "id": "b", "answer": "5"},
+    ]
     path = tmp_path / "p.jsonl"
     cfg.prompts.path = str(write_lines(path, records))
     sample.run(cfg)

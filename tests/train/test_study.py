@@ -283,17 +283,28 @@ def test_a_killed_arm_is_run_again_and_gives_the_same(finished):
 
 def outcome(name: str, seed: int, solved: np.ndarray, loss: float) -> dict:
     evaluation = {
-        mode: {"accuracy": float(solved.mean()), "answered": 1.0, "trace_length": 20.0,
-               "bits": np.packbits(solved.astype(bool)).tobytes().hex()}
+        mode: {
+            "accuracy": float(solved.mean()),
+            "answered": 1.0,
+            "trace_length": 20.0,
+            "bits": np.packbits(solved.astype(bool)).tobytes().hex(),
+        }
         for mode in results.MODES
-    }  # fmt: skip
+    }
     probe = [
         {"step": step, TRACE: value + 0.1, EMPTY: value - 0.1, MARGINAL: 0.7}
         for step, value in ((0, math.log(2)), (10, 0.65), (20, loss))
     ]
     log = [{"step": 1, "alpha": 0.5, "loss": 0.6, "grad_norm": 1.0}]
-    return {"arm": name, "seed": seed, "log": log, "probe": probe, "evaluation": evaluation,
-            "pairs_per_step": 8, "seconds": {"train": 1.0, "all": 2.0}}  # fmt: skip
+    return {
+        "arm": name,
+        "seed": seed,
+        "log": log,
+        "probe": probe,
+        "evaluation": evaluation,
+        "pairs_per_step": 8,
+        "seconds": {"train": 1.0, "all": 2.0},
+    }
 
 
 @pytest.mark.parametrize(

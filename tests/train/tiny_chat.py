@@ -45,11 +45,19 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 def tiny_config(**options) -> LlamaConfig:
     sizes = {
-        "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "max_position_embeddings": 512, "initializer_range": 0.3,
-        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
-    }  # fmt: skip
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
     return LlamaConfig(**{**sizes, **options})
 
 
@@ -81,9 +89,12 @@ def write_lines(path: Path, records) -> Path:
 
 def make_sample_cfg(model: Path, prompts: Path, run_dir: Path, **sample) -> RunConfig:
     options = {
-        "num_responses": 3, "temperature": 0.8, "max_new_tokens": 12, "max_new_tokens_empty": 6,
+        "num_responses": 3,
+        "temperature": 0.8,
+        "max_new_tokens": 12,
+        "max_new_tokens_empty": 6,
         "prompts_per_batch": 2,
-    }  # fmt: skip
+    }
     return RunConfig(
         run_dir=str(run_dir),
         model=ModelConfig(name=str(model), compute_dtype="float32"),

@@ -18,11 +18,28 @@ from train.study.preferences import load_or_sample, unit_record
 
 def tiny_cfg(out: Path, **options) -> StudyConfig:
     sizes = {
-        "hidden": 32, "intermediate": 32, "layers": 1, "heads": 1, "kv_heads": 1, "units": 12,
-        "steps": 4, "units_per_step": 4, "measure_every": 2, "pool": 8, "pool_traces": 4,
-        "checkpoints": (0, 4), "eval_prompts": 40, "probe_units": 3, "probe_every": 2,
-        "seeds": (0,), "lr": 1e-4, "warmup": 2, "sft_steps": 5, "sft_batch": 8, "sft_direct": 4,
-    }  # fmt: skip
+        "hidden": 32,
+        "intermediate": 32,
+        "layers": 1,
+        "heads": 1,
+        "kv_heads": 1,
+        "units": 12,
+        "steps": 4,
+        "units_per_step": 4,
+        "measure_every": 2,
+        "pool": 8,
+        "pool_traces": 4,
+        "checkpoints": (0, 4),
+        "eval_prompts": 40,
+        "probe_units": 3,
+        "probe_every": 2,
+        "seeds": (0,),
+        "lr": 1e-4,
+        "warmup": 2,
+        "sft_steps": 5,
+        "sft_batch": 8,
+        "sft_direct": 4,
+    }
     return StudyConfig(out=str(out), **{**sizes, **options})
 
 

@@ -32,11 +32,21 @@ def model(seed=0):
 
 def config(folder, cls=BVPOConfig, **options):
     defaults = {
-        "per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1, "report_to": "none",
-        "save_strategy": "no", "bf16": False, "learning_rate": 1e-2, "use_cpu": True,
-        "gradient_checkpointing": False, "disable_tqdm": True, "max_length": 256, "beta": 0.3,
-        "lr_scheduler_type": "constant", "dataloader_pin_memory": False,
-    }  # fmt: skip
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "bf16": False,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "max_length": 256,
+        "beta": 0.3,
+        "lr_scheduler_type": "constant",
+        "dataloader_pin_memory": False,
+    }
     return cls(str(folder), **{**defaults, **options})
 
 
@@ -47,8 +57,11 @@ def trainer(folder, data=None, policy=None, reference=1, **options):
     return BVPOTrainer(
         model() if policy is None else policy,
         None if reference is None else model(reference),
-        config(folder, **options), data, processing_class=make_tokenizer(), **extra,
-    )  # fmt: skip
+        config(folder, **options),
+        data,
+        processing_class=make_tokenizer(),
+        **extra,
+    )
 
 
 def first_batch(made):

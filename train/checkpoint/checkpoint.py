@@ -69,9 +69,13 @@ class Checkpointer:
     """
 
     def __init__(
-        self, folder: Path, world: World, cfg: CheckpointConfig, identity: Mapping[str, str],
+        self,
+        folder: Path,
+        world: World,
+        cfg: CheckpointConfig,
+        identity: Mapping[str, str],
         seed: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if cfg.keep_latest < 1:
             raise ValueError(f"checkpoint.keep_latest: expected >= 1, got {cfg.keep_latest}")
         if cfg.every is not None and cfg.every < 1:
@@ -165,9 +169,13 @@ class Checkpointer:
         for part in self._together(write_own):
             files |= part
         manifest = {
-            "format": FORMAT, "step": step, "world_size": self.world.size,
-            "torch": torch.__version__, "identity": self.identity, "files": files,
-        }  # fmt: skip
+            "format": FORMAT,
+            "step": step,
+            "world_size": self.world.size,
+            "torch": torch.__version__,
+            "identity": self.identity,
+            "files": files,
+        }
 
         def publish() -> None:
             if rank == 0:

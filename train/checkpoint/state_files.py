@@ -122,9 +122,11 @@ def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies that training does not touch; DTensors keep their placements."""
     options = StagingOptions(
-        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False,
+        use_pinned_memory=False,
+        use_shared_memory=False,
+        use_async_staging=False,
         use_non_blocking_copy=False,
-    )  # fmt: skip
+    )
     stager = DefaultStager(options)
     try:
         staged: Any = stager.stage(tensors)

@@ -26,9 +26,11 @@ class VLLMSampler:
         self.vllm, self.cfg = vllm, cfg.sample
         self.tokenizer = load_tokenizer(cfg.model)
         self.llm = vllm.LLM(
-            model=path, dtype=cfg.model.compute_dtype, seed=cfg.seed % 2**31,
+            model=path,
+            dtype=cfg.model.compute_dtype,
+            seed=cfg.seed % 2**31,
             trust_remote_code=cfg.model.trust_remote_code,
-        )  # fmt: skip
+        )
         defaults = self.llm.get_default_sampling_params()
         own = getattr(defaults, "stop_token_ids", None) or []
         self.ends: Sequence[int] = sorted({self.tokenizer.eos_token_id, *own} - {None})

@@ -54,9 +54,11 @@ def _student_975(freedom: int) -> float:
     """97.5 % quantile of Student's t: Abramowitz and Stegun, 26.7.5; 1 % low at 3 degrees."""
     z, f = _NORMAL_975, freedom
     return (
-        z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
+        z
+        + (z**3 + z) / (4 * f)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * f**3)
-    )  # fmt: skip
+    )
 
 
 def pass_at(correct: int, samples: int, k: int) -> float:

@@ -41,12 +41,16 @@ SOURCES: dict[str, Source] = {
     "amc_2023": Source("math-ai/amc23", "test", _QUESTION, _ANSWER, ("id",)),
     "minerva": Source("math-ai/minervamath", "test", _QUESTION, _ANSWER),
     "olympiad_bench": Source(
-        "Hothan/OlympiadBench", "train", _QUESTION, ("final_answer", "answer"), ("id",),
+        "Hothan/OlympiadBench",
+        "train",
+        _QUESTION,
+        ("final_answer", "answer"),
+        ("id",),
         "OE_TO_maths_en_COMP",
     ),
     "math_500": Source("HuggingFaceH4/MATH-500", "test", _QUESTION, _ANSWER, ("unique_id",)),
     "math": Source(None, "test", _QUESTION, _ANSWER, ("id",)),
-}  # fmt: skip
+}
 ANSWER_FILES = ("alpaca_eval_2", "arena_hard_v0.1", "arena_hard_v2")
 
 

@@ -105,8 +105,10 @@ def judge_answers(
     by_id = dict(zip([record["prompt_id"] for record in records], scores, strict=True))
     return {
         "summary": {n: asdict(e) for n, e in summarize(scores).items()},
-        "mean_tokens": sum(lengths) / len(lengths), "counts": counts, "scores": by_id,
-    }  # fmt: skip
+        "mean_tokens": sum(lengths) / len(lengths),
+        "counts": counts,
+        "scores": by_id,
+    }
 
 
 def records_of(prompts: Sequence[Prompt], path: Path) -> list[dict[str, Any]]:

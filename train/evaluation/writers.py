@@ -26,11 +26,13 @@ def alpaca_eval(answers: Sequence[Answer], generator: str) -> str:
     """A JSON list of {instruction, output, generator, dataset}: `alpaca_eval --model_outputs`."""
     rows = [
         {
-            "instruction": answer.record["instruction"], "output": answer.text,
-            "generator": generator, "dataset": answer.record.get("dataset", ""),
+            "instruction": answer.record["instruction"],
+            "output": answer.text,
+            "generator": generator,
+            "dataset": answer.record.get("dataset", ""),
         }
         for answer in answers
-    ]  # fmt: skip
+    ]
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -58,9 +58,13 @@ class PairTrainer(Trainer):
 def main() -> list[dict[str, float]]:
     """Returns the log of the trainer."""
     config = LlamaConfig(
-        vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     torch.manual_seed(0)
     model: torch.nn.Module = LlamaForCausalLM(config)
     reference: torch.nn.Module = LlamaForCausalLM(config)
@@ -74,9 +78,11 @@ def main() -> list[dict[str, float]]:
             remove_unused_columns=False, disable_tqdm=True,
         )  # fmt: skip
         trainer = PairTrainer(
-            model, arguments, data_collator=lambda units: {"packed": pack(units)},
+            model,
+            arguments,
+            data_collator=lambda units: {"packed": pack(units)},
             train_dataset=Units(8),
-        )  # fmt: skip
+        )
         trainer.reference = reference.to(arguments.device).eval()
         trainer.train()
     return trainer.state.log_history

@@ -81,9 +81,12 @@ def wrapped(model: PreTrainedModel, cfg: AdapterConfig) -> Any:
         raise ValueError(f"adapter.rank: expected an integer >= 1, got {cfg.rank}")
     alpha: Any = cfg.alpha  # peft says int, and multiplies
     config = LoraConfig(
-        r=cfg.rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=_targets(model, cfg),
+        r=cfg.rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=_targets(model, cfg),
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     # peft would draw from the global generator, layer by layer: not the same on every rank, and
     # not what a meta tensor could take.
     with torch.random.fork_rng(devices=[]):

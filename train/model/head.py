@@ -257,9 +257,12 @@ def _fuse(model: PreTrainedModel, cfg: RunConfig, compute_dtype: torch.dtype) ->
     if cfg.adapter is not None:
         model = adapters.add_adapters(model, cfg.adapter, cfg.seed)
     return FusedHeadLM(
-        model, compute_dtype=compute_dtype, impl=cfg.train.head_impl,
-        workspace_bytes=workspace_bytes(cfg), tail_tolerance=cfg.train.tail_tolerance,
-    )  # fmt: skip
+        model,
+        compute_dtype=compute_dtype,
+        impl=cfg.train.head_impl,
+        workspace_bytes=workspace_bytes(cfg),
+        tail_tolerance=cfg.train.tail_tolerance,
+    )
 
 
 def _build_sharded(cfg: RunConfig, world: World) -> tuple[FusedHeadLM, Any]:

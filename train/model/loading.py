@@ -99,9 +99,11 @@ def empty_model(cfg: ModelConfig) -> tuple[PreTrainedModel, Any, Weights | None]
         # Buffers stay: rotary tables are computed, not loaded.
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, cfg.param_dtype),
-                attn_implementation=attention, **options,
-            )  # fmt: skip
+                config,
+                dtype=getattr(torch, cfg.param_dtype),
+                attn_implementation=attention,
+                **options,
+            )
     model.tie_weights()
     if (Path(path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
@@ -172,6 +174,10 @@ def _local_rows(stored: Any, param: Tensor, device: torch.device) -> DTensor:
     start = min(mesh.get_local_rank(axis) * rows, param.shape[0])
     local = stored[start : start + param.to_local().shape[0]]
     return DTensor.from_local(
-        local.to(device, param.dtype), mesh, param.placements, run_check=False,
-        shape=param.shape, stride=param.stride(),
-    )  # fmt: skip
+        local.to(device, param.dtype),
+        mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )

@@ -184,9 +184,12 @@ def _parts(
 
 
 def _render(
-    tokenizer: Any, prompt: Prompt, model: ModelConfig, turns: list[Message],
+    tokenizer: Any,
+    prompt: Prompt,
+    model: ModelConfig,
+    turns: list[Message],
     options: dict[str, Any],
-) -> str:  # fmt: skip
+) -> str:
     from jinja2 import TemplateError
 
     def call(tools: list[dict[str, Any]] | None) -> str:

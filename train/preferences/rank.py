@@ -91,9 +91,13 @@ class Counts:
 
 
 def rank_part(
-    record: Mapping[str, Any], mode: str, judge: Judge, trace_close: str, cfg: RankConfig,
+    record: Mapping[str, Any],
+    mode: str,
+    judge: Judge,
+    trace_close: str,
+    cfg: RankConfig,
     counts: Counts,
-) -> dict[str, Any] | None:  # fmt: skip
+) -> dict[str, Any] | None:
     """The pair of one prompt in one mode, if there is one; every outcome is counted."""
     part = record["modes"][mode]
     scored = []
@@ -157,13 +161,17 @@ def run(cfg: RunConfig) -> None:
         raise ValueError(f"{path}: no prompt gave a pair: {_why_no_pair(tables)}")
     meta = {
         "settings": sampled["settings"],
-        "rank": {"judge": cfg.rank.judge, "reward_model": cfg.rank.reward_model,
-                 "min_margin": cfg.rank.min_margin, "both_kinds": cfg.rank.both_kinds,
-                 "max_response_tokens": cfg.rank.max_response_tokens},
+        "rank": {
+            "judge": cfg.rank.judge,
+            "reward_model": cfg.rank.reward_model,
+            "min_margin": cfg.rank.min_margin,
+            "both_kinds": cfg.rank.both_kinds,
+            "max_response_tokens": cfg.rank.max_response_tokens,
+        },
         "counts": {**tables, "units": len(units), "units_with_both_kinds": both},
         "sample_command": sampled.get("command"),
         **provenance(),
-    }  # fmt: skip
+    }
     output = output_path(cfg)
     write_pairs(output, units, meta)
     print(f"pairs: {output}")

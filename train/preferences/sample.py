@@ -92,13 +92,17 @@ class Sampler:
         options: dict[str, Any] = {"do_sample": False}
         if self.cfg.temperature > 0:
             options = {
-                "do_sample": True, "temperature": self.cfg.temperature, "top_p": self.cfg.top_p,
+                "do_sample": True,
+                "temperature": self.cfg.temperature,
+                "top_p": self.cfg.top_p,
                 "top_k": 0,
-            }  # fmt: skip
+            }
         self.model.generation_config = GenerationConfig(
-            **options, num_return_sequences=self.cfg.num_responses, eos_token_id=ends,
+            **options,
+            num_return_sequences=self.cfg.num_responses,
+            eos_token_id=ends,
             pad_token_id=ends[0] if pad is None else pad,
-        )  # fmt: skip
+        )
 
     @torch.inference_mode()
     def draw(
@@ -170,9 +174,12 @@ def _record(prompt: Prompt) -> dict[str, Any]:
 
 
 def sample_batch(
-    sampler: Engine, prompts: Sequence[Prompt], batch: int, cfg: RunConfig,
+    sampler: Engine,
+    prompts: Sequence[Prompt],
+    batch: int,
+    cfg: RunConfig,
     modes: Sequence[str] = tuple(KIND_OF_MODE),
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """The records of a batch of prompts in some modes."""
     inputs = [build_prompts(sampler.tokenizer, prompt, cfg.model, cfg.sample) for prompt in prompts]
     records = [{**_record(prompt), "modes": {}} for prompt in prompts]
@@ -190,8 +197,11 @@ def sample_batch(
 def check_config(cfg: SampleConfig) -> None:
     """ValueError naming the option that is out of range."""
     least = {
-        "num_responses": 2, "max_new_tokens": 1, "max_new_tokens_empty": 1, "prompts_per_batch": 1
-    }  # fmt: skip
+        "num_responses": 2,
+        "max_new_tokens": 1,
+        "max_new_tokens_empty": 1,
+        "prompts_per_batch": 1,
+    }
     for name, low in least.items():
         if getattr(cfg, name) < low:
             raise ValueError(f"sample.{name}: expected at least {low}, got {getattr(cfg, name)}")
@@ -232,9 +242,11 @@ def check_prompts(tokenizer: Any, prompts: Sequence[Prompt], cfg: RunConfig) -> 
 
 
 def fill(
-    cfg: RunConfig, prompts: Sequence[Prompt], load: Callable[[RunConfig], Engine],
+    cfg: RunConfig,
+    prompts: Sequence[Prompt],
+    load: Callable[[RunConfig], Engine],
     modes: Sequence[str] = tuple(KIND_OF_MODE),
-) -> Path:  # fmt: skip
+) -> Path:
     """The file of responses in `run_dir`, with those of `prompts` that it lacks appended.
 
     Raises:
@@ -256,9 +268,13 @@ def fill(
 
 
 def _sample_all(
-    sampler: Engine, prompts: Sequence[Prompt], done: set[str], cfg: RunConfig, path: Path,
+    sampler: Engine,
+    prompts: Sequence[Prompt],
+    done: set[str],
+    cfg: RunConfig,
+    path: Path,
     modes: Sequence[str],
-) -> None:  # fmt: skip
+) -> None:
     """Sample the batches that lack a prompt, and append the prompts that are not there."""
     size = cfg.sample.prompts_per_batch
     tokens, start = 0, time.monotonic()

@@ -208,9 +208,12 @@ def with_attention(cfg: Run) -> Run:
 
 
 def estimate(
-    cfg: RunConfig, gpus: int, segments: int = 4, config: PretrainedConfig | None = None,
+    cfg: RunConfig,
+    gpus: int,
+    segments: int = 4,
+    config: PretrainedConfig | None = None,
     device: str = "cuda",
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """Memory and FLOPs of one rank, from shapes alone.
 
     Args:

@@ -174,9 +174,11 @@ def fake_policy(config: PretrainedConfig, cfg: RunConfig, sharded: bool) -> Iter
     mode = FakeTensorMode()
     with mode if cfg.adapter is None else torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention,
+            config,
+            dtype=dtype,
+            attn_implementation=attention,
             trust_remote_code=cfg.model.trust_remote_code,
-        )  # fmt: skip
+        )
         if cfg.adapter is not None:
             model = wrapped(model, cfg.adapter)
             if sharded:
@@ -185,10 +187,12 @@ def fake_policy(config: PretrainedConfig, cfg: RunConfig, sharded: bool) -> Iter
         if cfg.adapter is not None:
             _fake_in_place(model)
         policy = FusedHeadLM(
-            model, compute_dtype=compute, impl="eager",
+            model,
+            compute_dtype=compute,
+            impl="eager",
             workspace_bytes=workspace_bytes(cfg),
             tail_tolerance=cfg.train.tail_tolerance,
-        )  # fmt: skip
+        )
         policy.train()
         checkpoint_activations(model, cfg.train.checkpoint_layers)
         yield policy

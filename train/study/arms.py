@@ -153,9 +153,10 @@ class ArmTrainer:
             return FixedAlpha(arm.weight)
         every = cfg.measure_every if arm.weight == MARGINAL else 1
         return AlphaEstimator(
-            reference=arm.weight, ema_halflife=max(1.0, cfg.halflife / every),
+            reference=arm.weight,
+            ema_halflife=max(1.0, cfg.halflife / every),
             warmup=max(1, cfg.warmup // every),
-        )  # fmt: skip
+        )
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step; its log line."""
@@ -240,8 +241,12 @@ def run_arm(
     training = time.perf_counter() - start
     scores = evaluate(model, world)
     return {
-        "arm": arm.name, "seed": world.seed, "log": lines, "probe": probes, "evaluation": scores,
+        "arm": arm.name,
+        "seed": world.seed,
+        "log": lines,
+        "probe": probes,
+        "evaluation": scores,
         "pairs_per_step": sum(trainer.plan[0].pair_counts.values()),
         "tokens_per_step": float(np.mean([trainer.plan[n].num_tokens for n in range(3)])),
         "seconds": {"train": training, "all": time.perf_counter() - start},
-    }  # fmt: skip
+    }

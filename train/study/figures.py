@@ -96,8 +96,9 @@ def draw_error(results: Results) -> Figure:
             for line, (low, middle, high, color, label) in enumerate(rows):
                 height = -0.05 - 0.16 * line - 0.045 * place
                 axes.plot([low, high], [height, height], color=color, lw=2)
-                axes.plot(middle, height, "o-", color=color, ms=4,
-                          label=label if place == 0 else None)  # fmt: skip
+                axes.plot(
+                    middle, height, "o-", color=color, ms=4, label=label if place == 0 else None
+                )
         axes.set_ylim(-0.55, None)
         axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick < axes.get_ylim()[1]])
         axes.set_xlim(-0.03, 1.03)
@@ -105,9 +106,12 @@ def draw_error(results: Results) -> Figure:
         _plain(axes, f"after {step} steps", "a, weight of the trace gradient", "")
     figure.axes[0].set_ylabel("MSE(a) / MSE(1)")
     figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
-        frameon=False, title="below 0: 95 % intervals, the seeds in turn",
-    )  # fmt: skip
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        title="below 0: 95 % intervals, the seeds in turn",
+    )
     return figure
 
 
@@ -144,8 +148,9 @@ def draw_variances(results: Results) -> Figure | None:
         for (_, step), curve in results.curves.items():
             right.plot(step, curve["moments"][key], "x", color=color, ms=7)
     right.axhline(0, color="0.6", lw=0.8)
-    right.legend(frameon=False, fontsize=9,
-                 title="lines: arm a* marginal; x: brute force, arm a=.5")  # fmt: skip
+    right.legend(
+        frameon=False, fontsize=9, title="lines: arm a* marginal; x: brute force, arm a=.5"
+    )
     _plain(right, "Squared bias against the marginal (unbiased estimates)", "optimizer step",
            "squared gradient norm")  # fmt: skip
     return figure
@@ -194,9 +199,12 @@ def draw_losses(results: Results) -> Figure:
 
 
 DRAWINGS = {
-    "accuracy": draw_accuracy, "error": draw_error, "variances": draw_variances,
-    "weights": draw_weights, "losses": draw_losses,
-}  # fmt: skip
+    "accuracy": draw_accuracy,
+    "error": draw_error,
+    "variances": draw_variances,
+    "weights": draw_weights,
+    "losses": draw_losses,
+}
 
 
 def all_figures(results: Results, names: Sequence[str] = tuple(DRAWINGS)) -> dict[str, Figure]:

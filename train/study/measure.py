@@ -105,10 +105,13 @@ class BruteForce:
         spread = np.var(left_out) * (GROUPS - 1)
         raw, half = argmin(whole), t_quantile(0.975, GROUPS - 1) * float(np.sqrt(spread))
         return {
-            "a": list(GRID), "mse": [error(whole, a) for a in GRID], "argmin": raw,
-            "low": min(1.0, max(0.0, raw - half)), "high": min(1.0, max(0.0, raw + half)),
+            "a": list(GRID),
+            "mse": [error(whole, a) for a in GRID],
+            "argmin": raw,
+            "low": min(1.0, max(0.0, raw - half)),
+            "high": min(1.0, max(0.0, raw + half)),
             "se": float(np.sqrt(spread)),
-        }  # fmt: skip
+        }
 
 
 def error(products_22: Tensor, a: float) -> float:

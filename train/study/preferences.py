@@ -54,9 +54,10 @@ def choose(
     """First right and first wrong answered response, if there are both."""
     right = [r for r in responses if task.is_correct(digits, r, thinking)]
     wrong = [
-        r for r in responses
+        r
+        for r in responses
         if task.answer(r, thinking) is not None and not task.is_correct(digits, r, thinking)
-    ]  # fmt: skip
+    ]
     return (right[0], wrong[0]) if right and wrong else None
 
 
@@ -144,9 +145,7 @@ def sample(
             f"{len(prompts_N5)} prompts, got {len(sampler.units)} and {len(sampler.extra)} "
             f"({dict(sampler.counts)})"
         )
-    return {
-        "units": sampler.units, "extra": sampler.extra[: cfg.units], "counts": sampler.counts
-    }  # fmt: skip
+    return {"units": sampler.units, "extra": sampler.extra[: cfg.units], "counts": sampler.counts}
 
 
 def _unit(record: Mapping[str, Any]) -> Unit:

@@ -33,9 +33,10 @@ def accuracy_rows(results: Results) -> Rows:
             change = difference(results, name, BASELINE, mode)
             if change is not None and name != BASELINE:
                 row |= {
-                    f"{mode}_vs_half": change.mean, f"{mode}_vs_half_low": change.low,
+                    f"{mode}_vs_half": change.mean,
+                    f"{mode}_vs_half_low": change.low,
                     f"{mode}_vs_half_high": change.high,
-                }  # fmt: skip
+                }
         last = [run["probe"][-1] for run in by_seed.values()]
         for kind in ("trace", "empty", "marginal"):
             row[f"loss_{kind}"] = statistics.fmean(probe[kind] for probe in last)
@@ -122,10 +123,12 @@ def probe_rows(results: Results) -> Rows:
 
 def all_tables(results: Results) -> dict[str, Rows]:
     return {
-        "accuracy": accuracy_rows(results), "optimum": optimum_rows(results),
-        "curves": curve_rows(results), "training": training_rows(results),
+        "accuracy": accuracy_rows(results),
+        "optimum": optimum_rows(results),
+        "curves": curve_rows(results),
+        "training": training_rows(results),
         "probes": probe_rows(results),
-    }  # fmt: skip
+    }
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -133,9 +133,12 @@ class TorchEngine:
     """`schedule.Engine`; without `kept` and `dlogprobs_T` it has no `dlogits`."""
 
     def __init__(
-        self, inputs: Inputs, call: Call, kept: Kept | None = None,
+        self,
+        inputs: Inputs,
+        call: Call,
+        kept: Kept | None = None,
         dlogprobs_T: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.head, self.call = call.head(inputs), call
         hidden_TE, target_T = inputs.hidden_TD, inputs.target_T
         if inputs.low_TR is not None:

@@ -72,14 +72,6 @@ def make_record(gram_GG: Tensor | None, plan: Plan, layer: int, device: torch.de
     return record
 
 
-def kept_shape(plan: Plan, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of what is kept of a parameter of `shape`; vectors are kept whole, not sketched."""
-    if plan.sketch:
-        sides = shape if len(shape) == 1 else tuple(min(plan.sketch, side) for side in shape)
-        return (plan.ranges_G2.shape[0], *sides)
-    return (plan.num_kinds, *shape) if plan.num_kinds else (0,)
-
-
 def empty(like: Tensor) -> Tensor:
     """Stands for a statistic that is not wanted: no elements, in the accumulation dtype."""
     return like.new_zeros(0, dtype=accumulate_dtype(like.dtype))
@@ -132,7 +124,7 @@ def vector_statistics(grads_GP: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     gram_GG = inner_products(grads_GP, grads_GP)
     if plan.sketch:
         return gram_GG, grads_GP
-    kept = grads_GP.new_zeros(kept_shape(plan, tuple(grads_GP.shape[1:])))
+    kept = grads_GP.new_zeros(plan.kept_shape(tuple(grads_GP.shape[1:])))
     return gram_GG, kept.index_add_(0, plan.kinds_G, grads_GP) if plan.num_kinds else kept
 
 
@@ -170,8 +162,7 @@ def linear_backward(
         shape = (dy_TP.shape[1], x_TD.shape[1])
         gatherer = Gatherer(plan, shape, rows_U, x_TD)
         dweight = x_TD.new_empty(shape)
-        step = tile_rows(len(bounds), shape[1], accumulate_dtype(x_TD.dtype).itemsize,
-                         x_TD.device)  # fmt: skip
+        step = tile_rows(len(bounds), shape[1], accumulate_dtype(x_TD.dtype).itemsize, x_TD.device)
         for rows in ranges(shape[0], step):
             gatherer.add(rows, _group_products(dy_TP[:, rows], x_TD, bounds), dweight[rows])
         gram_GG += gatherer.gram_GG
@@ -206,9 +197,13 @@ def sketch_products(left_Tk: Tensor, right_Tk: Tensor, bounds: list[tuple[int, i
 
 
 def embedding_backward(
-    dy_TD: Tensor, ids_T: Tensor, tied: tuple[Tensor | None, Tensor | None],
-    size: tuple[int, int], plan: Plan, layer: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy_TD: Tensor,
+    ids_T: Tensor,
+    tied: tuple[Tensor | None, Tensor | None],
+    size: tuple[int, int],
+    plan: Plan,
+    layer: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op `bvpo::grouped_embedding_backward`: dweight, record, kept.
 
     Only rows that occur are formed. tied: `rows_U` (ascending, holds every id) names them; None
@@ -223,7 +218,7 @@ def embedding_backward(
     gram_GG = None
     if plan.exact:
         gram_GG = _embedding_gram(dy_TD, ids_T, rows_U, drows_GUD, bounds)
-    kept = dy_TD.new_zeros(kept_shape(plan, (vocab, dy_TD.shape[1])))
+    kept = dy_TD.new_zeros(plan.kept_shape((vocab, dy_TD.shape[1])))
     if plan.sketch:
         left = signs(vocab, plan.sketch, plan.seed, layer, 0, dy_TD)[ids_T]
         right = signs(dy_TD.shape[1], plan.sketch, plan.seed, layer, 1, dy_TD)
@@ -290,9 +285,13 @@ def norm_sums(
 
 
 def norm_statistics(
-    dy_TD: Tensor, x_TD: Tensor, form: NormForm, plan: Plan, layer: int,
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    form: NormForm,
+    plan: Plan,
+    layer: int,
     sums: Callable[..., tuple[Tensor, Tensor]] = norm_sums,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op `bvpo::grouped_norm_statistics`: record, kept of the weight, kept of the bias."""
     ranges_G2 = torch.tensor(group_bounds(plan, x_TD.shape[0]))
     groups = len(ranges_G2)

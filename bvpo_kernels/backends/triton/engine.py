@@ -106,9 +106,12 @@ class TritonEngine:
     fusing = True
 
     def __init__(
-        self, inputs: Inputs, call: Call, kept: Kept | None = None,
+        self,
+        inputs: Inputs,
+        call: Call,
+        kept: Kept | None = None,
         dlogprobs_T: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._set_inputs(inputs, call)
         self._compact(inputs.target_T, self.scored_T, call.max_scored)
         if kept is not None and dlogprobs_T is not None:
@@ -174,9 +177,12 @@ class TritonEngine:
     def weight_tile(self, need_weight: bool, reserved: int, groups: int | None) -> Tile:
         column_bytes = self.width * LOGIT_BYTES * (groups or 1) if need_weight else 0
         return fit(
-            self.num_rows, self.head.vocab, self.call.workspace_bytes - reserved,
-            self.width * self.dtype.itemsize, column_bytes,
-        )  # fmt: skip
+            self.num_rows,
+            self.head.vocab,
+            self.call.workspace_bytes - reserved,
+            self.width * self.dtype.itemsize,
+            column_bytes,
+        )
 
     def hidden_fits(self) -> bool:
         return self.num_rows * self.width * LOGIT_BYTES <= self.call.workspace_bytes // 2
@@ -208,9 +214,13 @@ class TritonEngine:
         state = self.new_state(tokens)
         hidden = packing.gather_rows(self.hidden_TE, self.rows.index_R[tokens])
         logprobs_gemm.fused_forward(
-            hidden, self.head, self.scored(tokens), state, tokens.start,
+            hidden,
+            self.head,
+            self.scored(tokens),
+            state,
+            tokens.start,
             entropy=self.call.need_entropy,
-        )  # fmt: skip
+        )
         return state
 
     def fold(
@@ -232,9 +242,13 @@ class TritonEngine:
         z = self.product(hidden, columns, tokens)
         dz = over(z, dtype)
         row_kernels.backward_rows(
-            z, dz, self.scored(tokens), self.upstream.of(tokens), (tokens.start, columns.start),
+            z,
+            dz,
+            self.scored(tokens),
+            self.upstream.of(tokens),
+            (tokens.start, columns.start),
             self.head,
-        )  # fmt: skip
+        )
         return dz
 
     def column_sums(self, dz: Tensor, tokens: slice) -> Tensor:

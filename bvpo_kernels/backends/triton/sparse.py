@@ -200,8 +200,9 @@ class _Sparse:
         self.factor = (-upstream.upstream_T[token] * entries).masked_fill(~used, 0)
         self.own = (target_T, own_T.masked_fill(~sparse_T, 0), sparse_T.to(torch.int8))
         # The targets' entries join the lists; what is not used goes behind the last column.
-        column = torch.cat([columns.to(torch.int64).where(used, vocab),
-                            target_T.where(sparse_T, vocab)])  # fmt: skip
+        column = torch.cat(
+            [columns.to(torch.int64).where(used, vocab), target_T.where(sparse_T, vocab)]
+        )
         column, order = column.sort(stable=True)
         tokens = torch.cat([token, torch.arange(num_tokens, device=device)])
         self.by_column = torch.searchsorted(column, torch.arange(vocab + 1, device=device))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.aot`: compile every kernel for sm_80, sm_90, sm_100, GPU or not.
+"""`python tests/aot.py`: compile every kernel for sm_80, sm_90, sm_100, GPU or not.
 
 Triton kernels go through Triton's own compiler and ptxas, csrc/cuda/*.cu through nvcc. Prints one
 row per kernel and architecture: registers, spills, shared memory, and the matrix instruction found
@@ -66,27 +66,50 @@ def _row_cases(arch: int) -> Iterator[Case]:
 
     shapes = CONFIGS[f"sm_{arch}"]
     aligned = ("z_ptr", "z_stride", "p_ptr", "p_stride", "dz_ptr", "dz_stride", "columns")
-    common = {"z_ptr": "*fp32", "bias_ptr": "*bf16", "target_ptr": "*i64", "count_ptr": "*i32",
-              "softcap": "fp32", "inv_temperature": "fp32"}  # fmt: skip
+    common = {
+        "z_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+        "target_ptr": "*i64",
+        "count_ptr": "*i32",
+        "softcap": "fp32",
+        "inv_temperature": "fp32",
+    }
     forward = common | {"state_ptr": "*fp32"}
     for name, dtype, options_on in (
-        ("scores", "*fp32", ()), ("entropy", "*fp32", ("HAS_ENTROPY",)),
-        ("frozen", "*bf16", ("HAS_P",)), ("frozen fp16", "*fp16", ("HAS_P",)),
+        ("scores", "*fp32", ()),
+        ("entropy", "*fp32", ("HAS_ENTROPY",)),
+        ("frozen", "*bf16", ("HAS_P",)),
+        ("frozen fp16", "*fp16", ("HAS_P",)),
         ("frozen all", "*fp32", ("HAS_P", "HAS_ENTROPY", "HAS_SOFTCAP", "HAS_BIAS")),
-    ):  # fmt: skip
+    ):
         flags = {f: f in options_on for f in ("HAS_BIAS", "HAS_SOFTCAP", "HAS_ENTROPY", "HAS_P")}
         shape = shapes.rows_twice if flags["HAS_P"] else shapes.rows
         blocks = {"ROWS": shape.rows, "BLOCK": shape.block}
-        yield Case(f"rows forward, {name}", logprobs._forward_kernel, forward | {"p_ptr": dtype},
-                   flags | blocks, {"num_warps": shape.num_warps}, aligned)  # fmt: skip
+        yield Case(
+            f"rows forward, {name}",
+            logprobs._forward_kernel,
+            forward | {"p_ptr": dtype},
+            flags | blocks,
+            {"num_warps": shape.num_warps},
+            aligned,
+        )
     blocks = {"ROWS": shapes.rows.rows, "BLOCK": shapes.rows.block}
     vectors = ("upstream_ptr", "coefficient_ptr", "max_ptr", "logsum_ptr")
-    for name, dtype, on in (("bf16", "*bf16", False), ("fp16", "*fp16", False),
-                            ("fp32, softcap, bias", "*fp32", True)):  # fmt: skip
+    for name, dtype, on in (
+        ("bf16", "*bf16", False),
+        ("fp16", "*fp16", False),
+        ("fp32, softcap, bias", "*fp32", True),
+    ):
         types = common | {"dz_ptr": dtype} | dict.fromkeys(vectors, "*fp32")
         flags = {"HAS_BIAS": on, "HAS_SOFTCAP": on}
-        yield Case(f"rows backward, {name}", logprobs._backward_kernel, types, flags | blocks,
-                   {"num_warps": shapes.rows.num_warps}, aligned)  # fmt: skip
+        yield Case(
+            f"rows backward, {name}",
+            logprobs._backward_kernel,
+            types,
+            flags | blocks,
+            {"num_warps": shapes.rows.num_warps},
+            aligned,
+        )
 
 
 def _fused_cases(arch: int) -> Iterator[Case]:
@@ -95,22 +118,31 @@ def _fused_cases(arch: int) -> Iterator[Case]:
 
     shapes = CONFIGS[f"sm_{arch}"]
     for name, dtype, shape, options_on in (
-        ("bf16", "bf16", shapes.gemm, ()), ("fp16", "fp16", shapes.gemm, ()),
+        ("bf16", "bf16", shapes.gemm, ()),
+        ("fp16", "fp16", shapes.gemm, ()),
         ("bf16, entropy", "bf16", shapes.gemm, ("HAS_ENTROPY",)),
         ("bf16, all", "bf16", shapes.gemm_small, ("HAS_ENTROPY", "HAS_SOFTCAP", "HAS_BIAS")),
         ("bf16, odd D", "bf16", shapes.gemm_small, ("HAS_ENTROPY",)),
         ("fp32", "fp32", shapes.gemm_fp32, ()),
-    ):  # fmt: skip
+    ):
         tma = shape.tma
         blocks = {
             "hidden": (shape.block_m, shape.block_d),
             "weight": (shape.block_n, shape.block_d),
         }
-        types = {n: f"tensordesc<{dtype}[{b[0]},{b[1]}]>" if tma else f"*{dtype}"
-                 for n, b in blocks.items()}  # fmt: skip
-        types |= {"bias_ptr": "*bf16", "target_ptr": "*i64", "count_ptr": "*i32",
-                  "partial_ptr": "*fp32", "state_ptr": "*fp32", "softcap": "fp32",
-                  "inv_temperature": "fp32"}  # fmt: skip
+        types = {
+            n: f"tensordesc<{dtype}[{b[0]},{b[1]}]>" if tma else f"*{dtype}"
+            for n, b in blocks.items()
+        }
+        types |= {
+            "bias_ptr": "*bf16",
+            "target_ptr": "*i64",
+            "count_ptr": "*i32",
+            "partial_ptr": "*fp32",
+            "state_ptr": "*fp32",
+            "softcap": "fp32",
+            "inv_temperature": "fp32",
+        }
         flags: dict[str, Any] = {
             f: f in options_on for f in ("HAS_BIAS", "HAS_SOFTCAP", "HAS_ENTROPY")
         }
@@ -119,9 +151,15 @@ def _fused_cases(arch: int) -> Iterator[Case]:
         odd = "odd D" in name
         aligned: tuple[str, ...] = () if odd else ("dim", "hidden_stride", "weight_stride")
         aligned += () if tma or odd else ("hidden", "weight")
-        yield Case(f"fused forward, {name}", logprobs_gemm._fused_forward_kernel, types, flags,
-                   {"num_warps": shape.num_warps, "num_stages": shape.num_stages}, aligned,
-                   matrix=dtype != "fp32")  # fmt: skip
+        yield Case(
+            f"fused forward, {name}",
+            logprobs_gemm._fused_forward_kernel,
+            types,
+            flags,
+            {"num_warps": shape.num_warps, "num_stages": shape.num_stages},
+            aligned,
+            matrix=dtype != "fp32",
+        )
     types = {"partial_ptr": "*fp32", "count_ptr": "*i32", "state_ptr": "*fp32"}
     constants = {"HAS_ENTROPY": True, "ROWS": logprobs_gemm.MERGE_ROWS}
     yield Case("fused merge", logprobs_gemm._merge_kernel, types, constants, {"num_warps": 4})
@@ -137,15 +175,22 @@ def _other_cases() -> Iterator[Case]:
         types = {"values_ptr": f"*{dtype}", "bounds_ptr": "*i32", "sums_ptr": f"*{wide}"}
         yield Case(f"segment sum, {dtype}", packing._segment_sum_kernel, types, block, default)
         types = {"dsums_ptr": f"*{wide}", "bounds_ptr": "*i32", "dvalues_ptr": f"*{dtype}"}
-        yield Case(f"segment spread, {dtype}", packing._segment_spread_kernel, types, block,
-                   default)  # fmt: skip
+        yield Case(
+            f"segment spread, {dtype}", packing._segment_spread_kernel, types, block, default
+        )
     types = {"scored_ptr": "*i8", "position_ptr": "*i32", "index_ptr": "*i32"}
     yield Case("compaction", packing._invert_kernel, types, block, default)
     for name, source in (("gather rows", "*bf16"), ("scatter rows", "*fp32")):
         types = {"source_ptr": source, "index_ptr": "*i32", "out_ptr": "*bf16"}
         constants = block | {"SCATTER": name == "scatter rows", "ROWS": 1}
-        yield Case(name, packing._move_rows_kernel, types, constants, default,
-                   ("source_ptr", "out_ptr", "source_stride", "out_stride", "columns"))  # fmt: skip
+        yield Case(
+            name,
+            packing._move_rows_kernel,
+            types,
+            constants,
+            default,
+            ("source_ptr", "out_ptr", "source_stride", "out_stride", "columns"),
+        )
 
 
 def _reduce_cases() -> Iterator[Case]:
@@ -159,13 +204,23 @@ def _reduce_cases() -> Iterator[Case]:
             flags: dict[str, Any] = {"HAS_WEIGHTS": mixed, "ADD": mixed}
             two = flags | {"TILE": grad_stats.TILE, "BLOCK": grad_stats._BLOCK}
             aligned = ("trace_ptr", "empty_ptr", "tiles_ptr", "tiles_stride", "total_ptr", "numel")
-            yield Case(f"pair_reduce, dW {dtype[1:]}{name}", grad_stats._pair_reduce_kernel, types,
-                       two, {"num_warps": 8}, aligned)  # fmt: skip
+            yield Case(
+                f"pair_reduce, dW {dtype[1:]}{name}",
+                grad_stats._pair_reduce_kernel,
+                types,
+                two,
+                {"num_warps": 8},
+                aligned,
+            )
             for count in (16, 32, grad_stats.MAX_TILES):
-                yield Case(f"pair_reduce of {count}, dW {dtype[1:]}{name}",
-                           grad_stats._group_reduce_kernel, types,
-                           flags | grad_stats.group_shape(count), {"num_warps": 4},
-                           aligned)  # fmt: skip
+                yield Case(
+                    f"pair_reduce of {count}, dW {dtype[1:]}{name}",
+                    grad_stats._group_reduce_kernel,
+                    types,
+                    flags | grad_stats.group_shape(count),
+                    {"num_warps": 4},
+                    aligned,
+                )
 
 
 def _tail_cases(arch: int) -> Iterator[Case]:
@@ -173,44 +228,88 @@ def _tail_cases(arch: int) -> Iterator[Case]:
     from bvpo_kernels.backends.triton.configs import CONFIGS
 
     shapes = CONFIGS[f"sm_{arch}"]
-    numbers = ("max_ptr", "sum_ptr", "rescale_ptr", "known_ptr", "list_z_ptr", "rest_ptr", "z_ptr",
-               "factor_ptr", "own_factor_ptr", "c_ptr")  # fmt: skip
+    numbers = (
+        "max_ptr",
+        "sum_ptr",
+        "rescale_ptr",
+        "known_ptr",
+        "list_z_ptr",
+        "rest_ptr",
+        "z_ptr",
+        "factor_ptr",
+        "own_factor_ptr",
+        "c_ptr",
+    )
     types = dict.fromkeys(numbers, "*fp32") | {
-        "bias_ptr": "*bf16", "target_ptr": "*i64", "count_ptr": "*i32", "list_column_ptr": "*i32",
-        "length_ptr": "*i32", "softcap": "fp32", "inv_temperature": "fp32", "floor": "fp32",
-        "start_ptr": "*i64", "index_ptr": "*i32", "own_index_ptr": "*i64", "wanted_ptr": "*i8",
-        "rows_ptr": "*bf16", "out_ptr": "*bf16",
-    }  # fmt: skip
+        "bias_ptr": "*bf16",
+        "target_ptr": "*i64",
+        "count_ptr": "*i32",
+        "list_column_ptr": "*i32",
+        "length_ptr": "*i32",
+        "softcap": "fp32",
+        "inv_temperature": "fp32",
+        "floor": "fp32",
+        "start_ptr": "*i64",
+        "index_ptr": "*i32",
+        "own_index_ptr": "*i64",
+        "wanted_ptr": "*i8",
+        "rows_ptr": "*bf16",
+        "out_ptr": "*bf16",
+    }
     blocks = {"ROWS": shapes.rows.rows, "BLOCK": shapes.rows.block}
     warps = {"num_warps": shapes.rows.num_warps}
     for name, on in (("plain", False), ("softcap, bias", True)):
-        yield Case(f"list rows, {name}", lists._list_kernel, types,
-                   blocks | {"HAS_BIAS": on, "HAS_SOFTCAP": on}, warps,
-                   ("z_ptr", "z_stride", "columns"))  # fmt: skip
+        yield Case(
+            f"list rows, {name}",
+            lists._list_kernel,
+            types,
+            blocks | {"HAS_BIAS": on, "HAS_SOFTCAP": on},
+            warps,
+            ("z_ptr", "z_stride", "columns"),
+        )
     for name, own, out in (("dH", True, "*bf16"), ("dW", False, "*fp32")):
-        yield Case(f"sum rows, {name}", lists._sum_rows_kernel, types | {"out_ptr": out},
-                   {"HAS_OWN": own, "ADD": not own, "BLOCK": lists._BLOCK_D}, warps,
-                   ("rows_ptr", "rows_stride", "out_ptr", "out_stride", "dim"))  # fmt: skip
+        yield Case(
+            f"sum rows, {name}",
+            lists._sum_rows_kernel,
+            types | {"out_ptr": out},
+            {"HAS_OWN": own, "ADD": not own, "BLOCK": lists._BLOCK_D},
+            warps,
+            ("rows_ptr", "rows_stride", "out_ptr", "out_stride", "dim"),
+        )
     for (name, rows, add), (dtype, shape) in itertools.product(
         (("z", True, False), ("dH", True, True), ("dW", False, True)),
         (("bf16", shapes.gemm_small), ("fp16", shapes.gemm_small), ("fp32", shapes.gemm_fp32)),
     ):
-        constants = {"COUNT_ROWS": rows, "ADD": add, "UPCAST": False, "PRECISION": "ieee",
-                     "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_d,
-                     "GROUP_M": shape.group_m}  # fmt: skip
-        yield Case(f"counted product, {name} {dtype}", lists._counted_mm_kernel,
-                   types | {"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}"}, constants,
-                   {"num_warps": shape.num_warps, "num_stages": shape.num_stages},
-                   ("a_ptr", "b_ptr", "c_ptr", "a_m", "c_m", "N"),
-                   matrix=dtype != "fp32")  # fmt: skip
+        constants = {
+            "COUNT_ROWS": rows,
+            "ADD": add,
+            "UPCAST": False,
+            "PRECISION": "ieee",
+            "BLOCK_M": shape.block_m,
+            "BLOCK_N": shape.block_n,
+            "BLOCK_K": shape.block_d,
+            "GROUP_M": shape.group_m,
+        }
+        yield Case(
+            f"counted product, {name} {dtype}",
+            lists._counted_mm_kernel,
+            types | {"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}"},
+            constants,
+            {"num_warps": shape.num_warps, "num_stages": shape.num_stages},
+            ("a_ptr", "b_ptr", "c_ptr", "a_m", "c_m", "N"),
+            matrix=dtype != "fp32",
+        )
 
 
 def cases(arch: int) -> list[Case]:
     """Every Triton kernel of the package in every variant that is checked."""
     return [
-        *_row_cases(arch), *_fused_cases(arch), *_other_cases(), *_reduce_cases(),
+        *_row_cases(arch),
+        *_fused_cases(arch),
+        *_other_cases(),
+        *_reduce_cases(),
         *_tail_cases(arch),
-    ]  # fmt: skip
+    ]
 
 
 def _tool(name: str) -> str:
@@ -257,8 +356,15 @@ def compile_triton(case: Case, arch: int) -> Report:
     if registers is None:
         raise RuntimeError(f"{case.name}, sm_{arch}: no register count in {usage!r}")
     mma = _MMA.search(code)
-    return Report(case.name, arch, int(registers[1]), _spill_bytes(code), compiled.metadata.shared,
-                  mma[1] if mma else "", case.matrix)  # fmt: skip
+    return Report(
+        case.name,
+        arch,
+        int(registers[1]),
+        _spill_bytes(code),
+        compiled.metadata.shared,
+        mma[1] if mma else "",
+        case.matrix,
+    )
 
 
 _ENTRY = re.compile(
@@ -276,8 +382,20 @@ def compile_cuda(source: Path, architectures: Sequence[int], nvcc: str) -> list[
     include = Path(torch.__file__).parent / "include"
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-c", *targets, "-O3", "-std=c++20", "-Xptxas", "-v", "-isystem",
-                   str(include), "-o", f"{folder}/out.o", str(source)]  # fmt: skip
+        command = [
+            nvcc,
+            "-c",
+            *targets,
+            "-O3",
+            "-std=c++20",
+            "-Xptxas",
+            "-v",
+            "-isystem",
+            str(include),
+            "-o",
+            f"{folder}/out.o",
+            str(source),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{source.name}: nvcc failed:\n{done.stdout}{done.stderr}")
@@ -317,7 +435,7 @@ def publish(reports: Sequence[Report]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.aot", description=__doc__)
+    parser = argparse.ArgumentParser("python tests/aot.py", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     arguments = parser.parse_args()
