@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kReduceThreads) pair_reduce_kernel(
       }
       store<kVector>(total + first, left, sum);
     }
-    trace = block_reduce<false>(trace, scratch);
-    empty = block_reduce<false>(empty, scratch);
-    cross = block_reduce<false>(cross, scratch);
+    trace = block_sum(trace, scratch);
+    empty = block_sum(empty, scratch);
+    cross = block_sum(cross, scratch);
     if (threadIdx.x == 0) {
       partials[3 * tile] = trace;
       partials[3 * tile + 1] = empty;

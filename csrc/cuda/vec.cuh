@@ -71,24 +71,15 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-__device__ inline float warp_max(float x) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
-  }
-  return x;
-}
-
 // The same value in every thread. Warps meet in their order: the same bits every time. `scratch`
 // holds one float per warp, and may be used again at once.
-template <bool kMax>
-__device__ inline float block_reduce(float x, float* scratch) {
-  x = kMax ? warp_max(x) : warp_sum(x);
+__device__ inline float block_sum(float x, float* scratch) {
+  x = warp_sum(x);
   const int warps = blockDim.x / kWarp;
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
   __syncthreads();
   float total = scratch[0];
-  for (int i = 1; i < warps; ++i) total = kMax ? fmaxf(total, scratch[i]) : total + scratch[i];
+  for (int i = 1; i < warps; ++i) total += scratch[i];
   __syncthreads();
   return total;
 }

@@ -25,7 +25,7 @@ inline float lane_values[1024];
 
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 
-// Every thread of the block must call it, as block_reduce does.
+// Every thread of the block must call it, as block_sum does.
 inline float __shfl_xor_sync(unsigned, float x, int offset) {
   lane_values[threadIdx.x] = x;
   __syncthreads();
