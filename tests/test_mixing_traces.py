@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from mixing_cases import KINDS, many_stats, population
+from mixing_cases import population
 
-from bvpo_kernels.mixing import StepStats, anova, combine, importance_weights, within_unit
+from bvpo_kernels.mixing import importance_weights, within_unit
 from bvpo_kernels.oracles import mixing as oracle
 
 # A space of three traces: proposal q(r | x, y), joint pi(r, y | x) and a gradient of one parameter.
@@ -73,31 +73,19 @@ def test_mask_and_gate():
     assert (alone.weights.item(), alone.jackknife.item(), alone.usable.item()) == (1, 1, False)
 
 
-def test_combine():
-    h, c = torch.randn(2, 5, 8).double(), torch.randn(2, 3, 5).double()
-    g = c @ h
-    torch.testing.assert_close(combine(h @ h.mT, c), g @ g.mT)
-
-
-def test_within_and_between_prompts():
-    """Each is unbiased within 4 standard errors; a unit is the mean of R = 3 draws per prompt."""
+def test_within_prompts():
+    """Unbiased within 4 standard errors, of R = 3 draws per prompt."""
     p, units, draws = population(seed=4), 6, 3
-    within, between = [], []
+    within = []
     for _ in range(600):
         prompts = p.prompts(units)
         g = torch.stack([p.sample(prompts) for _ in range(draws)], dim=1)
         replicates = torch.einsum("brkd,bsld->bklrs", g, g)
-        (step,) = many_stats(g.mean(1)[None])
-        noise = within_unit(replicates) / draws
-        result = anova(StepStats(KINDS, step.gram_BKK, step.sums_KK, within_BKK=noise), draws)
-        within.append(result.within_KK)
-        between.append(result.between_KK)
-        torch.testing.assert_close(result.total_KK, result.within_KK + result.between_KK)
-    truths = (p.within_KK, p.covariance_KK - p.within_KK)
-    for values, truth in zip((within, between), truths, strict=True):
-        values = torch.stack(values)
-        assert ((values.mean(0) - truth).abs() <= 4 * values.std(0) / len(values) ** 0.5).all()
-        assert values.std(0)[0, 0] / len(values) ** 0.5 < 0.05 * truth[0, 0]
+        within.append(within_unit(replicates).mean(0))
+    values = torch.stack(within)
+    error = values.std(0) / len(values) ** 0.5
+    assert ((values.mean(0) - p.within_KK).abs() <= 4 * error).all()
+    assert error[0, 0] < 0.05 * p.within_KK[0, 0]
 
 
 def test_within_by_hand():
@@ -115,12 +103,5 @@ def test_arguments_are_checked():
         importance_weights(one, one, torch.ones(3))
     with pytest.raises(ValueError, match="expected values < inf"):
         importance_weights(torch.tensor([0.0, math.inf, 1]), one)
-    with pytest.raises(ValueError, match="gram_RR: expected shape"):
-        combine(torch.zeros(3, 2), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"coefficients_KR: expected shape \[..., K, 3\]"):
-        combine(torch.zeros(3, 3), torch.zeros(1, 2))
     with pytest.raises(ValueError, match="expected at least 2 replicates, got 1"):
         within_unit(torch.zeros(2, 2, 1, 1))
-    (step,) = many_stats(torch.randn(1, 3, 2, 2).double())
-    with pytest.raises(ValueError, match="stats: expected within_BKK, got None"):
-        anova(step)

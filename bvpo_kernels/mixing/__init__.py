@@ -5,10 +5,7 @@ from bvpo_kernels.mixing.moments import MIN_ESS, Moments, StepStats, unbiased
 from bvpo_kernels.mixing.optimum import MARGINAL, AlphaStar, Target, alpha_star, mse_matrix
 from bvpo_kernels.mixing.simplex import MixingWeights, minimise_on_simplex, mixing_weights
 from bvpo_kernels.mixing.traces import (
-    Anova,
     TraceWeights,
-    anova,
-    combine,
     importance_weights,
     within_unit,
 )
@@ -18,15 +15,12 @@ __all__ = [
     "MIN_ESS",
     "AlphaEstimator",
     "AlphaStar",
-    "Anova",
     "MixingWeights",
     "Moments",
     "StepStats",
     "Target",
     "TraceWeights",
     "alpha_star",
-    "anova",
-    "combine",
     "importance_weights",
     "minimise_on_simplex",
     "mixing_weights",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bvpo_kernels.mixing.moments import MIN_ESS, StepStats, unbiased
+from bvpo_kernels.mixing.moments import MIN_ESS
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,6 @@ def importance_weights(
     return TraceWeights(weights, jackknife, ess, ess >= MIN_ESS)
 
 
-def combine(gram_RR: Tensor, coefficients_KR: Tensor) -> Tensor:
-    """<g_k, g_l> of g_k = sum_r c_kr h_r from <h_r, h_s>: C G C^T, leading axes broadcast.
-
-    With the rows of C a choice of one trace, or the importance weights times the derivative of the
-    loss by the response's score (negative for the rejected one), it gives the Gram matrix of the
-    kinds trace and marginal from that of the single log-probability gradients.
-    """
-    if gram_RR.ndim < 2 or gram_RR.shape[-1] != gram_RR.shape[-2]:
-        raise ValueError(f"gram_RR: expected shape [..., R, R], got {list(gram_RR.shape)}")
-    if coefficients_KR.ndim < 2 or coefficients_KR.shape[-1] != gram_RR.shape[-1]:
-        expected = f"[..., K, {gram_RR.shape[-1]}]"
-        got = list(coefficients_KR.shape)
-        raise ValueError(f"coefficients_KR: expected shape {expected}, got {got}")
-    return coefficients_KR @ gram_RR @ coefficients_KR.mT
-
-
 def within_unit(replicates_KKRR: Tensor) -> Tensor:
     """tr Cov(u, v | prompt) = [sum_r <u_r, v_r> - sum_rs <u_r, v_s> / R] / (R - 1).
 
@@ -99,32 +83,3 @@ def within_unit(replicates_KKRR: Tensor) -> Tensor:
         raise ValueError(f"replicates_KKRR: expected at least 2 replicates, got {count}")
     same = replicates_KKRR.diagonal(dim1=-2, dim2=-1).sum(-1)
     return (same - replicates_KKRR.sum((-2, -1)) / count) / (count - 1)
-
-
-@dataclass(frozen=True)
-class Anova:
-    """tr of the covariance of one replicate's gradient, [K, K]: within prompts, between, total."""
-
-    within_KK: Tensor
-    between_KK: Tensor
-
-    @property
-    def total_KK(self) -> Tensor:
-        return self.within_KK + self.between_KK
-
-
-def anova(stats: StepStats, replicates: int = 1) -> Anova:
-    """between = tr S - W, within = R W: S over units, W = the mean of `within_BKK`.
-
-    Unbiased; a between part near zero may come out negative.
-
-    Args:
-        stats: with `within_BKK`, the noise of a unit's own gradient.
-        replicates: R, when a unit's gradient is the mean of R replicates.
-    """
-    if stats.within_BKK is None:
-        raise ValueError("stats: expected within_BKK, got None")
-    if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 1:
-        raise ValueError(f"replicates: expected an int >= 1, got {replicates!r}")
-    noise_KK = stats.within_BKK.mean(0)
-    return Anova(replicates * noise_KK, unbiased(stats).values_XKK[0] - noise_KK)

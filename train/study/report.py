@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from train.runtime.files import replace_file
-from train.study import figures, findings, tables
+from train.study import figures, tables
 from train.study.config import StudyConfig
 from train.study.results import Results, load
 
@@ -76,11 +76,6 @@ def _lines(results: Results, cfg: StudyConfig) -> list[str]:
         f"{', '.join(map(str, results.seeds))}; commit {origin['commit']}; {origin['machine']}. "
         f"{done} runs of {cfg.steps} steps, {_seconds(results):.0f} s of wall clock in all.",
         "",
-        "## What was found",
-        "",
-        *(f"- {line}" for line in findings.optimum_findings(results)),
-        *(f"- {line}" for line in findings.accuracy_findings(results)),
-        "",
         "## Set-up",
         "",
         *_setup(results, cfg, base),
@@ -96,7 +91,7 @@ def _lines(results: Results, cfg: StudyConfig) -> list[str]:
         "(minimum: delete-a-group jackknife). The package sees half a batch per step, some ten "
         "steps. The checkpoints of one seed share their units, so that they are not independent.",
         "",
-        *tables.to_markdown(findings.markdown_optimum(results)),
+        tables.to_markdown(tables.markdown_optimum(results)),
         "",
         "![variances over training](variances.png)",
         "",
@@ -113,13 +108,9 @@ def _lines(results: Results, cfg: StudyConfig) -> list[str]:
         "L_empty) / 2 of a = .5, interpolated between probes; the mean over seeds, where all "
         "reach it.",
         "",
-        *tables.to_markdown(findings.markdown_accuracy(results)),
+        tables.to_markdown(tables.markdown_accuracy(results)),
         "",
         "![held-out losses](losses.png)",
-        "",
-        "## Why",
-        "",
-        *(f"- {line}" for line in findings.why(results)),
         "",
         "Data: `accuracy.csv`, `optimum.csv`, `curves.csv`, `training.csv`, `probes.csv`.",
         "",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
 
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.types import TRACE
 from train.study.results import (
     BASELINE,
     MODES,
+    Interval,
     Results,
     accuracy,
     curve_value,
@@ -22,6 +24,14 @@ from train.study.results import (
 )
 
 Rows = list[dict[str, Any]]
+_TITLES = {"thinking": "Thinking", "no_thinking": "NoThinking"}
+_ERRORS = {
+    "MSE(0)": "mse_0",
+    "MSE(.5)": "mse_0.5",
+    "MSE(1)": "mse_1",
+    "at a* trace": "mse_trace_star",
+    "at a* marginal": "mse_marginal_star",
+}
 
 
 def accuracy_rows(results: Results) -> Rows:
@@ -121,6 +131,48 @@ def probe_rows(results: Results) -> Rows:
     ]
 
 
+def markdown_accuracy(results: Results) -> Rows:
+    """The report's table of arms, as texts."""
+    rows = []
+    for row in accuracy_rows(results):
+        cells = {"arm": row["arm"]}
+        for mode in MODES:
+            interval = Interval(row[mode], row[f"{mode}_low"], row[f"{mode}_high"])
+            cells[f"{_TITLES[mode]}, %"] = interval.shown(100)
+            key = f"{mode}_vs_half"
+            known = key in row
+            change = Interval(row[key], row[f"{key}_low"], row[f"{key}_high"]) if known else None
+            cells[f"{_TITLES[mode]} - {BASELINE}"] = change.shown(100) if change else ""
+        cells["trace length"] = f"{row['trace_length']:.1f}"
+        cells["marginal loss"] = f"{row['loss_marginal']:.4f}" if "loss_marginal" in row else ""
+        cells["steps to loss"] = shown(row["steps_to_loss"]) if "steps_to_loss" in row else ""
+        cells["last a"] = f"{row['last_weight']:.2f}" if "last_weight" in row else ""
+        cells["pairs/step"] = str(row.get("pairs_per_step", ""))
+        cells["train s"] = f"{row['train_seconds']:.0f}" if "train_seconds" in row else ""
+        rows.append(cells)
+    return rows
+
+
+def markdown_optimum(results: Results) -> Rows:
+    rows = []
+    for row in optimum_rows(results):
+        cells = {"seed": str(row["seed"]), "step": str(row["step"])}
+        for title, name, middle in (
+            ("minimum, brute force", "brute", "brute_argmin"),
+            ("a*, trace", TRACE, f"{TRACE}_raw"),
+            ("a*, marginal", MARGINAL, f"{MARGINAL}_raw"),
+        ):
+            interval = Interval(row[middle], row[f"{name}_low"], row[f"{name}_high"])
+            cells[title] = interval.shown(digits=2)
+        cells["a*, formula"] = f"{row['formula']:.2f}"
+        for title, key in _ERRORS.items():
+            cells[f"{title} / least"] = f"{row[key] / row['mse_best']:.3f}"
+        cells["tr S_t"], cells["tr S_e"] = f"{row['trS_t']:.3g}", f"{row['trS_e']:.3g}"
+        cells["tr S_te"], cells["ESS"] = f"{row['trS_te']:.3g}", f"{row['ess']:.1f}"
+        rows.append(cells)
+    return rows
+
+
 def all_tables(results: Results) -> dict[str, Rows]:
     return {
         "accuracy": accuracy_rows(results),
@@ -131,31 +183,21 @@ def all_tables(results: Results) -> dict[str, Rows]:
     }
 
 
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def to_csv(rows: Rows) -> str:
     """Columns in the order in which they first occur; floats with six digits."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_cell(row.get(name)) for name in columns])
-    return text.getvalue()
+    # As objects: a column of whole numbers with gaps must not become one of floats.
+    return pd.DataFrame(rows, dtype=object).map(_cell).to_csv(index=False, lineterminator="\n")
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if pd.isna(value):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def to_markdown(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """A table of texts; the columns are those of the first row."""
-    if not rows:
-        return []
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(row[name] for name in columns) + " |" for row in rows]
-    return lines
+def to_markdown(rows: Rows) -> str:
+    """A table of texts."""
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def shown(value: float, digits: int = 1) -> str:
