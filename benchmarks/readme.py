@@ -38,52 +38,35 @@ def peers(frame: pd.DataFrame, stem: str = "results/peers") -> str:
 
 
 def mode_tables(frame: pd.DataFrame) -> str:
-    """Per dtype and mode, a line per row of the case with most tokens that others were timed at.
-
-    Cases beyond that one are a sentence each.
-    """
+    """Per dtype and mode, the rows of the case with most tokens that others were timed at, and of
+    the cases beyond it."""
     blocks = []
     for kind, of_mode in frame.groupby(_kinds(frame), sort=False):
         sizes = {case: records.shape_of(shape) for case, shape in of_mode[["case", "shape"]].values}
         ordered = sorted(sizes, key=lambda name: sizes[name].get("T", 0))
-        compared = [case for case in ordered if len(_timed(of_mode, case)) > 1]
-        case = (compared or ordered)[-1]
-        lines = [
-            _line(str(row), of_row)
-            for row, of_row in of_mode[of_mode["case"] == case].groupby("row", sort=False)
-        ]
-        headers = ["", "ms", "x naive", "peak MiB", *(f"{name} error" for name in _ERRORS), ""]
-        used = [n for n in range(len(headers)) if any(line[n] for line in lines)]
-        table = tabulate(
-            [[line[n] for n in used] for line in lines],
-            headers=[headers[n] for n in used],
-            tablefmt="github",
-            disable_numparse=True,
-        )
-        size = case.removesuffix(str(kind)).strip()
-        blocks.append(f"**{kind}**, {size}:\n\n{table}")
-        beyond = ordered[ordered.index(case) + 1 :]
-        blocks += [_sentence(of_mode[of_mode["case"] == name]) for name in beyond]
+        compared = [case for case in ordered if len(_timed(of_mode, case)) > 1] or ordered[-1:]
+        for case in ordered[ordered.index(compared[-1]) :]:
+            title = f"**{kind}**, {case.removesuffix(str(kind)).strip()}"
+            blocks.append(f"{title}:\n\n{_rows_table(of_mode[of_mode['case'] == case])}")
     return "\n\n".join(blocks)
+
+
+def _rows_table(of_case: pd.DataFrame) -> str:
+    lines = [_line(str(row), of_row) for row, of_row in of_case.groupby("row", sort=False)]
+    headers = ["", "ms", "x naive", "peak MiB", *(f"{name} error" for name in _ERRORS), ""]
+    used = [n for n in range(len(headers)) if any(line[n] for line in lines)]
+    return tabulate(
+        [[line[n] for n in used] for line in lines],
+        headers=[headers[n] for n in used],
+        tablefmt="github",
+        disable_numparse=True,
+    )
 
 
 def _kinds(frame: pd.DataFrame) -> list[str]:
     """A case's name without its sizes: dtype and mode."""
     pairs = zip(frame["case"], frame["shape"], strict=True)
     return [case.removeprefix(shape).strip() for case, shape in pairs]
-
-
-def _sentence(of_case: pd.DataFrame) -> str:
-    """One line for a case: who was timed, and what each of the others says."""
-    parts = []
-    for row, of_row in of_case.groupby("row", sort=False):
-        metrics, state = records.values(of_row), records.status(of_row)
-        if "time" in metrics:
-            state = f"{metrics['time']:.1f} s"
-            if "peak_memory" in metrics:
-                state += f", {metrics['peak_memory']:.0f} MiB"
-        parts.append(f"{row}: {state}")
-    return f"{of_case['case'].iloc[0]}: {'; '.join(parts)}."
 
 
 def _timed(frame: pd.DataFrame, case: str) -> dict[str, dict[str, float]]:

@@ -89,7 +89,7 @@ def test_draw_equals_naive_ancestral_sampling(model_folder):
     assert sampler.draw(prompts, 12, 8) != drawn
     # Both kinds of ending occur, and an end id only ever comes last.
     flat = [ids for group in drawn for ids in group]
-    finished = [sampler.is_finished(ids) for ids in flat]
+    finished = [ids[-1] in ends for ids in flat]
     assert {True, False} == set(finished)
     assert all(not (set(ids[:-1]) & ends) for ids in flat)
     assert all(len(ids) == 12 for ids, end in zip(flat, finished, strict=True) if not end)

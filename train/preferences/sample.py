@@ -129,9 +129,6 @@ class Sampler:
     def ends(self) -> Sequence[int]:
         return self.model.generation_config.eos_token_id
 
-    def is_finished(self, ids: Sequence[int]) -> bool:
-        return bool(ids) and ids[-1] in self.ends
-
     def _until_end(self, ids: list[int]) -> list[int]:
         stop = next((i + 1 for i, token in enumerate(ids) if token in self.ends), len(ids))
         return ids[:stop]
