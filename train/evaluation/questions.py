@@ -14,6 +14,7 @@ from train.preferences.prompts import (
     check_encodable,
     from_records,
     load_prompts,
+    read_dataset,
     read_jsonl,
 )
 
@@ -84,7 +85,8 @@ def _read(cfg: EvaluateConfig, source: Source) -> Iterator[tuple[str, dict[str, 
     elif path.endswith(".json"):
         yield from _read_list(Path(path))
     else:
-        yield from _read_dataset(path, cfg.subset or source.subset, cfg.split or source.split)
+        subset, split = cfg.subset or source.subset, cfg.split or source.split
+        yield from read_dataset("data: neither .json nor .jsonl", path, split, subset)
 
 
 def _read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -101,26 +103,6 @@ def _read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{path}[{number}]: expected an object, got {record!r:.60}")
         check_encodable(record, f"{path}[{number}]")
         yield f"{path}[{number}]", record
-
-
-def _read_dataset(
-    path: str, subset: str | None, split: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    try:
-        if (Path(path) / "dataset_info.json").is_file():  # written by Dataset.save_to_disk
-            rows = datasets.load_from_disk(path)
-        else:
-            rows = datasets.load_dataset(path, subset, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FileNotFoundError(
-            f"data: expected a JSON file, a JSONL file or a dataset that `datasets` can load, got "
-            f"{path!r} (subset {subset!r}, split {split!r}): {reason}"
-        ) from error
-    for index, row in enumerate(rows):
-        yield f"{path}[{split}][{index}]", dict(row)
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -46,7 +46,11 @@ def load_prompts(cfg: PromptsConfig) -> list[Prompt]:
         return _reasoning_gym(cfg)
     if cfg.path is None:
         raise ValueError(f"prompts.path: expected a path for source {cfg.source}, got None")
-    records = read_jsonl(Path(cfg.path)) if cfg.source == "jsonl" else _dataset(cfg)
+    records = (
+        read_jsonl(Path(cfg.path))
+        if cfg.source == "jsonl"
+        else read_dataset("prompts.path", cfg.path, cfg.split)
+    )
     return from_records(records, cfg.size, f"prompts.path: {cfg.path}")
 
 
@@ -90,23 +94,25 @@ def check_encodable(record: Mapping[str, Any], where: str) -> None:
             ) from error
 
 
-def _dataset(cfg: PromptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_dataset(
+    option: str, path: str, split: str, subset: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("path[split][index]", row) of a dataset on disk or of a hub; errors name `option`."""
     import datasets
 
-    assert cfg.path is not None
     try:
-        if (Path(cfg.path) / "dataset_info.json").is_file():  # written by Dataset.save_to_disk
-            rows = datasets.load_from_disk(cfg.path)
+        if (Path(path) / "dataset_info.json").is_file():  # written by Dataset.save_to_disk
+            rows = datasets.load_from_disk(path)
         else:
-            rows = datasets.load_dataset(cfg.path, split=cfg.split)
+            rows = datasets.load_dataset(path, subset, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
+        part = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
         raise FileNotFoundError(
-            f"prompts.path: expected a dataset that `datasets` can load, got {cfg.path!r} "
-            f"(split {cfg.split!r}): {reason}"
+            f"{option}: expected a dataset that `datasets` can load, got {path!r} ({part}): "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
     for index, row in enumerate(rows):
-        yield f"{cfg.path}[{cfg.split}][{index}]", dict(row)
+        yield f"{path}[{split}][{index}]", dict(row)
 
 
 def _messages(record: Mapping[str, Any], where: str) -> list[Message]:

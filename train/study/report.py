@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from train.runtime.files import replace_file
 from train.study import figures, tables
@@ -43,25 +42,19 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _write_figure(figure: Figure, path: Path) -> None:
-    figure.savefig(path, format="png")
-
-
 def write(cfg: StudyConfig) -> Path:
     """Read what is there, draw it, and write `report.md`; returns its path."""
     results = load(Path(cfg.out), cfg)
     folder = Path(cfg.report or cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.all_tables(results).items():
-        replace_file(folder / f"{name}.csv", partial(_write_text, tables.to_csv(rows)))
+    texts = {
+        f"{name}.csv": tables.to_csv(rows) for name, rows in tables.all_tables(results).items()
+    }
+    texts["report.md"] = "\n".join(_lines(results, cfg))
+    for name, text in texts.items():
+        replace_file(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
     for name, figure in figures.all_figures(results).items():
-        replace_file(folder / f"{name}.png", partial(_write_figure, figure))
-    text = "\n".join(_lines(results, cfg))
-    replace_file(folder / "report.md", partial(_write_text, text))
+        replace_file(folder / f"{name}.png", partial(figure.savefig, format="png"))
     return folder / "report.md"
 
 
