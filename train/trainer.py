@@ -263,7 +263,8 @@ class Trainer:
                 synchronise(self.policy, last or self.cfg.parallel.sync_every_micro_batch)
                 with self._measured(micro) as scale:
                     with watch("forward"):
-                        loss = self._loss(micro, alpha, data, kl, found)
+                        scores_S = self.objective.scores(micro)
+                        loss = self._loss(scores_S, micro, alpha, data, kl, found)
                     if scale is not None and found.ess is not None:
                         scale.scale({MARGINAL: UNTRAINED / data.unit_counts[MARGINAL]})
                     with watch("backward"):
@@ -283,6 +284,7 @@ class Trainer:
 
     def _loss(
         self,
+        scores_S: Tensor,
         micro: MicroBatch,
         alpha: float,
         data: Step,
@@ -290,7 +292,6 @@ class Trainer:
         found: Findings,
     ) -> Tensor:
         """What a micro-batch adds to the loss of the step; what is wrong with it is found."""
-        scores_S = self.objective.scores(micro)
         if micro.is_filler:
             return 0.0 * scores_S.sum()
         found.problems += _non_finite_scores(scores_S, micro)

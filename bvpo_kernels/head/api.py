@@ -147,15 +147,6 @@ def _naive(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     return logprobs, entropy
 
 
-def _fused(inputs: Inputs, call: Call, unit: bool) -> tuple[Tensor, Tensor]:
-    logprobs, *kept, entropy, _ = ops.linear_logprobs_forward(*inputs, *call, unit)
-    if call.tail_tolerance > 0:
-        tail, offsets = kept[2], kept[3]
-        count = offsets[-1] if offsets.numel() else offsets.new_zeros(())
-        certificate.record(logprobs, inputs, call, tail, count)
-    return logprobs, entropy
-
-
 def _logprobs(inputs: Inputs, call: Call, owner: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
     """The path that serves the call: measured, over a sharded vocabulary, naive, or fused."""
     hidden, weight, _, bias, _, lora_b = inputs
@@ -175,8 +166,14 @@ def _logprobs(inputs: Inputs, call: Call, owner: tuple[Any, Any]) -> tuple[Tenso
         return vocab_parallel.linear_logprobs(inputs, call)
     if call.impl == "reference":
         return _naive(inputs, call)
-    unit = grad and hidden.requires_grad and not weight_grad and lora_b is None
-    return _fused(inputs, call, unit and call.tail_tolerance == 0)
+    sparse = call.tail_tolerance > 0
+    unit = grad and hidden.requires_grad and not weight_grad and lora_b is None and not sparse
+    logprobs, *kept, entropy, _ = ops.linear_logprobs_forward(*inputs, *call, unit)
+    if sparse:
+        tail, offsets = kept[2], kept[3]
+        count = offsets[-1] if offsets.numel() else offsets.new_zeros(())
+        certificate.record(logprobs, inputs, call, tail, count)
+    return logprobs, entropy
 
 
 @overload

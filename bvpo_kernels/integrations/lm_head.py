@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bvpo_kernels.head import linear_logprobs
-
 
 class Adapter(NamedTuple):
     """delta W = scale B A, with A [R, D] and B [V, R]; `dropout` is applied to what A reads."""
@@ -29,19 +27,15 @@ class LinearHead(NamedTuple):
     bias_V: Tensor | None
     adapters: tuple[Adapter, ...] = ()
 
-    def logprobs(
-        self, hidden_TD: Tensor, target_T: Tensor, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities [T] of the targets, and their entropy if asked for; `options` are
-        those of `linear_logprobs`."""
+    def inputs(self, hidden_TD: Tensor) -> dict[str, Any]:
+        """What `linear_logprobs` reads of the head for these rows, by its names."""
         if not torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(self.weight_VD.dtype)
-        options["bias"] = self.bias_V
+        lora = None
         if self.adapters:
             low_TR, b_VR = self._low_rank(hidden_TD)
-            options["lora"] = (low_TR.to(hidden_TD), b_VR)
-        result: Any = linear_logprobs(hidden_TD, self.weight_VD, target_T, **options)
-        return result if options.get("return_entropy") else (result, None)
+            lora = (low_TR.to(hidden_TD), b_VR)
+        return {"hidden": hidden_TD, "weight": self.weight_VD, "bias": self.bias_V, "lora": lora}
 
     def _low_rank(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """scale h A^T and B of all adapters, side by side."""

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from bvpo_kernels.head import linear_logprobs
 from bvpo_kernels.integrations.lm_head import LinearHead, call_with_hooks, read_head
 from bvpo_kernels.integrations.logit_transform import (
     LogitTransform,
@@ -313,14 +314,14 @@ def _fields(
     transform = options.transform
     hidden_TD, target_T = hidden_BLD.flatten(0, 1), target_BL.flatten().to(hidden_BLD.device)
     temperature = transform.temperature * options.temperature
-    logprobs_T, entropy_T = head.logprobs(
-        hidden_TD, target_T, temperature=temperature, softcap=transform.softcap,
-        return_entropy="entropy" in options.outputs, impl=options.impl,
-        workspace_bytes=options.workspace_bytes, max_scored=options.max_scored,
+    entropy = "entropy" in options.outputs
+    asked: dict[str, Any] = head.inputs(hidden_TD) | {"return_entropy": entropy}
+    result = linear_logprobs(
+        target=target_T, **asked, temperature=temperature, softcap=transform.softcap,
+        workspace_bytes=options.workspace_bytes, max_scored=options.max_scored, impl=options.impl,
     )  # fmt: skip
-    fields = {"log_probs": logprobs_T}
-    if entropy_T is not None:
-        fields["entropy"] = entropy_T
+    names = ("log_probs", "entropy")
+    fields = dict(zip(names, result if entropy else (result,), strict=False))
     if "mean_logits" in options.outputs:
         mean_T = head.mean_logits(hidden_TD) / temperature
         fields["mean_logits"] = mean_T.masked_fill(target_T == IGNORE_INDEX, 0)

@@ -286,7 +286,9 @@ def test_evaluate_writes_answers_and_resumes(tmp_path, model_folder, capsys, mon
     run.run(cfg)
     assert files == {p.name: p.read_bytes() for p in (tmp_path / "run/alpaca_eval_2").iterdir()}
     cfg.temperature = 0.9
-    with pytest.raises(ValueError, match=r"sample\.temperature: expected 0\.6 \(the samples\), got 0\.9"):
+    with pytest.raises(
+        ValueError, match=r"sample\.temperature: expected 0\.6 \(the samples\), got 0\.9"
+    ):
         run.run(cfg)
 
 

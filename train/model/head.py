@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bvpo_kernels.head import linear_logprobs
 from bvpo_kernels.integrations.dropout import disable_dropout, dropout_fields
 from bvpo_kernels.integrations.lm_head import call_with_hooks, read_head
 from bvpo_kernels.integrations.logit_transform import (
@@ -79,10 +80,12 @@ class FusedHeadLM(nn.Module):
         """Where it runs; parameters that are offloaded rest on the host."""
         return self.model.device if self.run_device is None else self.run_device
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch, autocast: bool = True) -> Tensor:
         """Log-probabilities [T] in nats, fp32 (fp64 for fp64 models); 0 where nothing is scored."""
-        with self._autocast():
-            return self._logprobs(batch)
+        with self._autocast() if autocast else nullcontext():
+            return call_with_hooks(
+                self.model.get_output_embeddings(), self._head_logprobs, self.hidden(batch), batch
+            )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.mixed)
@@ -100,22 +103,15 @@ class FusedHeadLM(nn.Module):
         ).last_hidden_state
         return hidden_1TD[0]
 
-    def _logprobs(self, batch: PackedBatch) -> Tensor:
-        hidden_TD = self.hidden(batch)
-        head = self.model.get_output_embeddings()
-        return call_with_hooks(
-            head, self._head_logprobs, hidden_TD, batch.target_T, batch.num_scored
-        )
-
-    def _head_logprobs(self, hidden_TD: Tensor, target_T: Tensor, max_scored: int | None) -> Tensor:
+    def _head_logprobs(self, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
         head = read_head(self.model.get_output_embeddings(), type(self.model).__name__)
         head = head.first_rows(self.transform.vocab)
-        logprobs_T, _ = head.logprobs(
-            hidden_TD, target_T, return_entropy=False, temperature=self.transform.temperature,
-            softcap=self.transform.softcap, workspace_bytes=self.workspace_bytes,
-            impl=self.impl, max_scored=max_scored, tail_tolerance=self.tail_tolerance,
+        return linear_logprobs(
+            target=batch.target_T, **head.inputs(hidden_TD), impl=self.impl,
+            temperature=self.transform.temperature, softcap=self.transform.softcap,
+            workspace_bytes=self.workspace_bytes, max_scored=batch.num_scored,
+            tail_tolerance=self.tail_tolerance,
         )  # fmt: skip
-        return logprobs_T
 
     def choose_attention(self, names: Sequence[str]) -> str:
         """`attention_choice.choose` among `names` for this model; why some were passed over."""
@@ -139,7 +135,7 @@ class FusedHeadLM(nn.Module):
         autocast = self.model.config._attn_implementation in attention.HALF_ONLY
         with self._autocast() if autocast else nullcontext():
             half = autocast or self.hidden(batch).dtype not in (torch.float32, torch.float64)
-            packed_T = self._training_logprobs(batch)
+            packed_T = self._training_logprobs(batch, autocast)
             # bf16 rounds hidden states, too; an unknown scale or a leak is off by nats.
             alone, tolerance = [], 0.5 if half else TOLERANCE
             for start, end in pairwise(batch.cu_seqlens.tolist()):
@@ -162,8 +158,8 @@ class FusedHeadLM(nn.Module):
             # What the rounding above may hide.
             check_logits(adapters.base_model(self.model), self.transform, self.device)
 
-    def _training_logprobs(self, batch: PackedBatch) -> Tensor:
-        """`_logprobs` in the mode of a step; the model's own mode is put back.
+    def _training_logprobs(self, batch: PackedBatch, autocast: bool) -> Tensor:
+        """`forward` in the mode of a step; the model's own mode is put back.
 
         Raises:
             ValueError: naming the model's class, where they are random.
@@ -172,7 +168,7 @@ class FusedHeadLM(nn.Module):
         self.model.train()
         try:
             before = _generator_states(self.device)
-            first_T, second_T = self._logprobs(batch), self._logprobs(batch)
+            first_T, second_T = (self.forward(batch, autocast) for _ in range(2))
             after = _generator_states(self.device)
         finally:
             self.model.train(training)
