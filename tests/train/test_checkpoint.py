@@ -18,7 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from train.alpha import FixedAlpha
-from train.checkpoint.checkpoint import Checkpointer, checkpoint, checkpoints, find_defect
+from train.checkpoint import checkpoint
+from train.checkpoint.checkpoint import Checkpointer, checkpoints, find_defect
 from train.checkpoint.state import MAY_CHANGE, TrainState, model_tensors, run_identity
 from train.checkpoint.state_files import read_state
 from train.config import CheckpointConfig, RunConfig

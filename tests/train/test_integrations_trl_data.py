@@ -8,6 +8,7 @@ pytest.importorskip("trl", reason="trl is not installed")
 
 import torch
 from datasets import Dataset
+from packing_checks import unpack
 from test_integrations_trl import LITERAL, config, first_batch, model, rows, trainer
 from tiny_chat import CHAT_TEMPLATE, QWEN3_TEMPLATE, make_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -15,7 +16,6 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from bvpo_kernels.integrations.render import RowEncoder
 from bvpo_kernels.integrations.trl import BVPOConfig, BVPOTrainer
 from bvpo_kernels.integrations.trl_data import ID_COLUMNS, BVPOCollator, check_fits, prepare
-from bvpo_kernels.packing import unpack
 
 LONG = "step by step " * 100  # 1300 tokens
 
