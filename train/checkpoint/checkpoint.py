@@ -269,7 +269,8 @@ def check_identity(got: Mapping[str, str], expected: Mapping[str, str], path: Pa
     Raises:
         ValueError: naming each entry of `expected` or `got` that differs.
     """
-    wrong = differences(expected, got, "this command", "the checkpoint")
+    # Both are texts already.
+    wrong = differences(expected, got, "this command", "the checkpoint", show=str)
     if wrong:
         raise ValueError(
             f"{path}: the checkpoint belongs to another run ({'; '.join(wrong)}); go on with the "
