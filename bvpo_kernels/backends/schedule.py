@@ -162,7 +162,10 @@ def forward_chunk(
         if unit_TD is not None and p is not None:
             unit_TD.mul_(state[RESCALE][:, None])
             engine.add_product(unit_TD, p, engine.head.rows(tile), tokens, over_tokens=False)
-        del p  # before the next tile is made
+        # Gone before the next tile is made; not on a CPU, whose allocator would give the pages back
+        # and fault them in again for every tile (T=512 D=576 V=49152 bf16: 230 ms, else 170).
+        if engine.device.type != "cpu":
+            del p
     return state, unit_TD
 
 
