@@ -7,7 +7,7 @@ import transformers as hf
 from causal_lms import IDS, LABELS, SIZES, make, own_logprobs
 from torch import nn
 
-from bvpo_kernels.integrations.logit_transform import backbone, logit_transform
+from bvpo_kernels.integrations.logit_transform import backbone, logit_transform, probe_ids
 from bvpo_kernels.integrations.transformers import patch_model
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -228,3 +228,10 @@ def test_backbone_is_the_one_model_below():
     assert model.base_model is model
     assert backbone(model) is model.model
     assert backbone(model.model) is model.model
+
+
+def test_probe_ids_are_rows_of_the_embedding():
+    """The default of `unpadded_vocab_size` may be above the rows that a model has."""
+    config = hf.CONFIG_MAPPING["inkling2_text"](**SIZES)
+    assert config.unpadded_vocab_size > SIZES["vocab_size"]
+    assert max(probe_ids(config, 200)) < SIZES["vocab_size"]

@@ -142,7 +142,8 @@ class _Probe:
 
 def probe_ids(config: Any, count: int = 8) -> list[int]:
     """Tokens spread over the vocabulary that the model can predict."""
-    vocab = logit_transform(config).vocab or config.get_text_config().vocab_size
+    rows = config.get_text_config().vocab_size
+    vocab = min(logit_transform(config).vocab or rows, rows)
     return [(7919 * n + 11) % vocab for n in range(count)]
 
 
