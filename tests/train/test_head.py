@@ -22,8 +22,10 @@ from transformers import (
     Starcoder2Config,
 )
 
+from bvpo_kernels.head import linear_logprobs
 from bvpo_kernels.packing import pack, segment_sum
-from bvpo_kernels.types import KINDS, TokenPair, Unit
+from bvpo_kernels.types import IGNORE_INDEX, KINDS, TokenPair, Unit
+from train.model import head
 from train.model.head import FusedHeadLM, logit_transform
 
 
@@ -248,3 +250,21 @@ def test_scale_with_softcap_is_refused():
     config = Gemma2Config(final_logit_softcapping=30.0, logit_scale=0.5)
     with pytest.raises(ValueError, match=r"got both \(0\.5, 30\.0\) in Gemma2Config"):
         logit_transform(config)
+
+
+def test_every_option_reaches_the_head(monkeypatch):
+    """Also those that change no number on a CPU: the rows that are scored, the workspace."""
+    seen = []
+
+    def spied(**options):
+        seen.append(options)
+        return linear_logprobs(**options)
+
+    policy = FusedHeadLM(tiny_model(), impl="eager", workspace_bytes=2**20, tail_tolerance=2**-9)
+    monkeypatch.setattr(head, "linear_logprobs", spied)
+    batch = pack(make_units(3))
+    policy(batch)
+    (options,) = seen
+    expected = {"impl": "eager", "workspace_bytes": 2**20, "tail_tolerance": 2**-9}
+    assert expected.items() <= options.items()
+    assert options["max_scored"] == int((batch.target_T != IGNORE_INDEX).sum())
