@@ -15,7 +15,8 @@ from tiny_chat import make_tokenizer, save_causal_lm, tiny_config
 from tiny_trl import config, first_batch, loss_and_gradients, model, rows, trainer
 from transformers import AutoModelForCausalLM, Starcoder2Config
 
-from bvpo_kernels.integrations import lm_head, trl_checks, trl_head
+from bvpo_kernels.integrations import transformers as patched
+from bvpo_kernels.integrations import trl_checks, trl_head
 from bvpo_kernels.integrations.trl import BVPOTrainer
 
 LN2 = 0.69315
@@ -478,13 +479,13 @@ def test_segments_are_checked_in_the_mode_that_trains(tmp_path):
 @pytest.mark.parametrize("estimate_alpha", [False, True])
 def test_the_head_is_told_how_many_rows_are_scored(tmp_path, monkeypatch, estimate_alpha):
     made = trainer(tmp_path, max_steps=1, estimate_alpha=estimate_alpha)
-    bounds, score = [], lm_head.linear_logprobs
+    bounds, score = [], patched.linear_logprobs
 
     def spy(hidden, weight, target, **options):
         bounds.append((options["max_scored"], int((target != -100).sum())))
         return score(hidden, weight, target, **options)
 
-    monkeypatch.setattr(lm_head, "linear_logprobs", spy)
+    monkeypatch.setattr(patched, "linear_logprobs", spy)
     made.train()
     assert len(bounds) == 2  # reference and policy
     assert all(bound == scored > 0 for bound, scored in bounds)
