@@ -1,7 +1,7 @@
 """Fused log-prob kernels, per-sample gradient statistics and the optimal mixing weight for BVPO."""
 
 from bvpo_kernels.grad_stats import GradStats
-from bvpo_kernels.head import linear_logprobs
+from bvpo_kernels.head import linear_bvpo_loss, linear_logprobs
 from bvpo_kernels.losses import bvpo_loss
 from bvpo_kernels.mixing import AlphaEstimator, alpha_star
 from bvpo_kernels.packing import pack, segment_sum
@@ -17,6 +17,7 @@ __all__ = [
     "Unit",
     "alpha_star",
     "bvpo_loss",
+    "linear_bvpo_loss",
     "linear_logprobs",
     "pack",
     "segment_sum",

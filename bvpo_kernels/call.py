@@ -96,6 +96,26 @@ class Gradients(NamedTuple):
     lora_b_VR: Tensor | None = None
 
 
+class Pairs(NamedTuple):
+    """The loss sum_p weight_p f(m_p) of the margins m_p = sum over the pair's segments of factor_S
+    (score_S - reference_S), of a pack whose segments 2p and 2p + 1 are pair p.
+
+    ranges_P2, scored_P: token range and scored rows of each pair, int64, on the CPU: sizes of
+    products. factor_S: +-1 or +-1 / length. loss, beta, names, values: which f (`slopes.py`).
+    """
+
+    cu_seqlens: Tensor
+    ranges_P2: Tensor
+    scored_P: Tensor
+    factor_S: Tensor
+    reference_S: Tensor
+    weight_P: Tensor
+    loss: str
+    beta: float
+    names: list[str]
+    values: list[float]
+
+
 class Plan(NamedTuple):
     """What one collection of gradient statistics keeps; the same for all layers.
 
@@ -138,6 +158,10 @@ KEPT = (
     "Tensor entries"
 )
 NEED = "bool need_hidden, bool need_weight, bool need_bias"
+PAIRS = (
+    "Tensor cu_seqlens, Tensor pair_ranges, Tensor pair_scored, Tensor factor, Tensor reference, "
+    "Tensor pair_weight, str loss, float beta, str[] names, float[] values"
+)
 PLAN = (
     "Tensor ranges, Tensor kinds, Tensor seed, Tensor scored, int num_layers, bool exact, "
     "int sketch, int num_kinds, int layer"

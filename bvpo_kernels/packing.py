@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bvpo_kernels import backends, checks, ops
+from bvpo_kernels import checks, ops
 from bvpo_kernels.ops.derivatives import check_reverse_mode
+from bvpo_kernels.ops.packing import choose_sum
 from bvpo_kernels.oracles import packing as oracle
 from bvpo_kernels.types import IGNORE_INDEX, KINDS, PackedBatch, Unit
 
@@ -214,17 +215,9 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Te
     checks.cu_seqlens_form(cu_seqlens)
     if cu_seqlens.device != values.device:
         raise ValueError(f"cu_seqlens: expected device {values.device}, got {cu_seqlens.device}")
-    device = values.device.type
-    chosen = backends.choose(impl, lambda name: _no_segment_sum(name, device))
+    chosen = choose_sum(impl, values.device.type)
     if chosen == "reference":
         checks.cu_seqlens_values(cu_seqlens, values.shape[0])
         return oracle.segment_sum(values, cu_seqlens)
     check_reverse_mode("segment_sum", values)
     return ops.segment_sum(values, cu_seqlens, chosen)
-
-
-def _no_segment_sum(backend: str, device: str) -> str:
-    """Why a backend that is installed cannot serve `segment_sum`; '' when it can."""
-    if backend == "triton" and device != "cuda" and not backends.INTERPRETED:
-        return f"it serves CUDA tensors, got {device}"
-    return "" if backend in ("reference", "eager", "triton") else "it has no kernel of segment_sum"

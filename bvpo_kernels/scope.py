@@ -11,16 +11,25 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from bvpo_kernels.call import Call, Inputs
+from bvpo_kernels.call import Call, Inputs, Need, Pairs
+from bvpo_kernels.types import PackedBatch
 
 
 class HeadStatistics(Protocol):
-    """What `linear_logprobs`, `bvpo_loss` and instrumented layers ask of the collection."""
+    """What `linear_logprobs`, `linear_bvpo_loss`, `bvpo_loss` and instrumented layers ask of the collection."""
 
     collection: Any
 
     def head_logprobs(
         self, inputs: Inputs, call: Call, owner: tuple[Any, Any]
+    ) -> tuple[Tensor, Tensor] | None: ...
+
+    keeps_groups_apart: bool
+
+    def no_pair_loss(self, batch: PackedBatch) -> str: ...
+
+    def head_pair_loss(
+        self, inputs: Inputs, call: Call, pairs: Pairs, need: Need, owner: tuple[Any, Any]
     ) -> tuple[Tensor, Tensor] | None: ...
 
     def report_loss(

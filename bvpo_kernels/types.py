@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +74,8 @@ class PackedBatch:
     kinds: tuple[str, ...] = KINDS
     max_seqlen: int = 0
     num_scored: int | None = None  # rows of `target_T` that are scored, where the host knows it
+    # The same batch in the host's memory, for one that was moved from there; see `on_host`.
+    host: PackedBatch | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +94,11 @@ class PackedBatch:
         """Kind index of each pair, int64 [P]."""
         return self.group_kind_G[self.pair_group_P]
 
+    @property
+    def on_host(self) -> PackedBatch | None:
+        """The batch where the host reads it without waiting for a device; None: nowhere."""
+        return self if self.tokens_T.device.type == "cpu" else self.host
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
         moved = {
@@ -98,24 +106,28 @@ class PackedBatch:
             for f in fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)
+        there = moved["tokens_T"].device.type == "cpu"
+        return replace(self, **moved, host=None if there else self.on_host)
 
 
-@dataclass(frozen=True)
-class BVPOLoss:
+class BVPOLoss(NamedTuple):
     """L_c = sum_kind w_kind L_kind and what it is made of.
 
     `loss` carries the gradient; `kind_losses` are the per-kind losses (mean over the pairs of that
     kind in the whole step, so micro-batches sum), `metrics` are detached scalars under TRL's names
     with the kind in front (`trace/rewards/margins`). kind_scale: factor of a unit's gradient of a
     kind in that of `loss`, the kind's weight over the units of the step that have it, detached
-    0-dim fp64: with several pairs the unit's gradient is the mean of theirs.
+    0-dim fp64: with several pairs the unit's gradient is the mean of theirs. scores_S: what the
+    losses were made of. one_pass: whether `linear_bvpo_loss` formed the head's gradients with the
+    scores; then `kind_losses` and `scores_S` are detached.
     """
 
     loss: Tensor
     kind_losses: Mapping[str, Tensor]
     metrics: Mapping[str, Tensor]
-    kind_scale: Mapping[str, Tensor] = field(default_factory=dict)
+    kind_scale: Mapping[str, Tensor]
+    scores_S: Tensor
+    one_pass: bool = False
 
     @property
     def trace_loss(self) -> Tensor:

@@ -25,6 +25,10 @@ from bvpo_kernels.call import Call, Gradients, Head, Need, accumulate_dtype
 MAX, SUM, WEIGHTED, TARGET_Z, TARGET_SLOPE, RESCALE = range(6)
 
 
+# Columns of one product with the rows of a head that has LoRA, which are copied to be joined.
+JOINED_COLUMNS = 16384
+
+
 class Tile(NamedTuple):
     tokens: int
     columns: int
@@ -98,6 +102,20 @@ class Engine(Protocol):
     ) -> None:
         """total += left @ right in the accumulation dtype; over_tokens: those are summed."""
 
+    def take(self, values_T: Tensor) -> Tensor:
+        """Values in compact order."""
+
+    def whole_rows(self, room: int) -> int:
+        """Rows whose logits over the whole vocabulary take at most `room` bytes; at least one."""
+
+    def form(
+        self, hidden: Tensor, factor: Tensor, tokens: slice, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities, and factor d logp / d (h W^T + b) over the whole vocabulary."""
+
+    def put_product(self, total: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+        """total = left @ right in the accumulation dtype, added to what it holds with `add`."""
+
     def hidden_sink(self) -> HiddenSink: ...
 
     def restore(self, dhidden_RE: Tensor) -> Tensor:
@@ -107,6 +125,11 @@ class Engine(Protocol):
 def ranges(total: int, step: int) -> Iterator[slice]:
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))
+
+
+def whole_tiles(head: Head) -> Iterator[slice]:
+    """The columns of the products by which a chunk of rows meets the whole vocabulary."""
+    return ranges(head.vocab, head.vocab if head.lora_b_VR is None else JOINED_COLUMNS)
 
 
 def p_log_p(logprobs_T: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bvpo_kernels import scope
-from bvpo_kernels.call import Call, Inputs, Plan, accumulate_dtype
+from bvpo_kernels.call import Call, Inputs, Need, Pairs, Plan, accumulate_dtype
 from bvpo_kernels.grad_stats import layers as grouped
 from bvpo_kernels.grad_stats.combine import MicroBatchStats, combine
 from bvpo_kernels.grad_stats.coverage import Coverage, UncoveredError, lay_out
@@ -212,14 +212,46 @@ class GradStats:
         Raises:
             ValueError: the weight is none that this model's head is known to have.
         """
-        if self.mode == "norm":
+        layer = self._head_of(owner)
+        if layer is None:
             return None
         if call.impl == "reference":
             raise ValueError("impl: 'reference' cannot serve this call: it measures no gradients")
+        return grouped.head_logprobs(layer, _running(), inputs, call)
+
+    def head_pair_loss(
+        self, inputs: Inputs, call: Call, pairs: Pairs, need: Need, owner: tuple[Any, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """For `linear_bvpo_loss`: a 0 that has the loss's gradient, with statistics in its
+        backward, and the scores. The rest as `head_logprobs`."""
+        layer = self._head_of(owner)
+        if layer is None:
+            return None
+        return grouped.head_pair_loss(layer, _running(), inputs, call, pairs, need)
+
+    @property
+    def keeps_groups_apart(self) -> bool:
+        """Whether the head's gradients of all groups are needed at once."""
+        return self.mode == "exact"
+
+    def no_pair_loss(self, batch: PackedBatch) -> str:
+        """Why the pairs of a batch are not the groups that are measured; '' where they are."""
+        if self.mode == "norm" or self.within or batch.num_pairs == len(batch.group_kind_G):
+            return ""
+        return "gradient statistics are collected of groups with several pairs"
+
+    def _head_of(self, owner: tuple[Any, Any]) -> Layer | None:
+        """The layer whose weight and bias these are; None where it is not measured.
+
+        Raises:
+            ValueError: the weight is none that this model's head is known to have.
+        """
+        if self.mode == "norm":
+            return None
         for layer in self._layout.heads:
             module: Any = layer.module
             if module.weight is owner[0] and (owner[1] is None or module.bias is owner[1]):
-                return grouped.head_logprobs(layer, _running(), inputs, call)
+                return layer
         if not self.strict:
             return None
         raise ValueError(

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bvpo_kernels import ops
-from bvpo_kernels.call import Call, Inputs, Kept, Plan, accumulate_dtype, cut
+from bvpo_kernels.call import Call, Inputs, Kept, Need, Pairs, Plan, accumulate_dtype, cut
 from bvpo_kernels.grad_stats.forms import Form, round_to
 from bvpo_kernels.ops.derivatives import once
+from bvpo_kernels.ops.pair_loss import gradients, shapes_of
 
 
 @dataclass
@@ -305,5 +306,48 @@ class _Head(torch.autograd.Function):
             dhidden if need_hidden else None, dweight if need_weight else None, None,
             dbias if need_bias else None, None, None,
             *_given(ctx, record, kept_weight, kept_bias), drows if ctx.carried else None,
+            *[None] * (len(ctx.needs_input_grad) - 10),
+        )  # fmt: skip
+
+
+def head_pair_loss(
+    layer: Layer, collection: Collection, inputs: Inputs, call: Call, pairs: Pairs, need: Need
+) -> tuple[Tensor, Tensor]:
+    """A 0 that has the loss's gradient, and scores."""
+    collection.token_axis(layer, inputs.hidden_TD.shape[:-1])
+    carrier = collection.carrier_GUD if layer.tied else None
+    return _PairLoss.apply(
+        *inputs, *_Leaves.of(layer, collection), carrier, collection.rows_U, call, *pairs, *need,
+        *collection.plan, layer.index,
+    )  # fmt: skip
+
+
+class _PairLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        inputs, leaves, carrier, rows, call, pairs, ctx.need, plan, ctx.layer = cut(
+            args, Inputs, _Leaves, Tensor, Tensor, object, Pairs, Need, Plan, int
+        )
+        ctx.carried, ctx.kept = carrier is not None, leaves.present()
+        loss, scores, *formed = ops.linear_pair_loss_statistics(
+            *inputs, *call, *pairs, *ctx.need, rows if ctx.carried else None, *plan, ctx.layer
+        )
+        ctx.save_for_backward(pairs.cu_seqlens, *formed)
+        ctx.like, ctx.num_layers, ctx.exact = shapes_of(inputs), plan.num_layers, plan.exact
+        ctx.mark_non_differentiable(scores)
+        return loss, scores
+
+    @staticmethod
+    @once
+    def backward(ctx, dloss, _):
+        cu_seqlens, *formed = ctx.saved_tensors
+        gram_GG, kept_weight, kept_bias, drows = formed[4:]
+        given = gradients(dloss, cu_seqlens, tuple(formed[:4]), ctx.like, ctx.need)
+        products = (gram_GG * dloss.double().square()).flatten() * ctx.exact
+        mark = torch.zeros(ctx.num_layers, dtype=torch.float64, device=gram_GG.device)
+        mark[ctx.layer] = 1
+        return (
+            *given, *_given(ctx, torch.cat([products, mark]), kept_weight * dloss,
+                            kept_bias * dloss), drows * dloss if ctx.carried else None,
             *[None] * (len(ctx.needs_input_grad) - 10),
         )  # fmt: skip

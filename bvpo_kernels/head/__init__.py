@@ -2,5 +2,6 @@
 
 from bvpo_kernels.head.api import linear_logprobs
 from bvpo_kernels.head.certificate import Certificate, tail_certificates
+from bvpo_kernels.head.pair_loss import linear_bvpo_loss
 
-__all__ = ["Certificate", "linear_logprobs", "tail_certificates"]
+__all__ = ["Certificate", "linear_bvpo_loss", "linear_logprobs", "tail_certificates"]

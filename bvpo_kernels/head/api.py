@@ -259,35 +259,53 @@ def linear_logprobs(
     arXiv 1805.02867; recomputation in the backward: Wijmans et al., arXiv 2411.09009; LoRA: Hu et
     al., arXiv 2106.09685.
     """
-    device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
     inputs = Inputs(hidden, weight, target, bias, *(lora or (None, None)))
-    sharded = False
-    if getattr(weight, "placements", None) is not None:  # a DTensor, whose module is slow to import
-        from bvpo_kernels.head import sharded as vocab_parallel
-
-        sharded = not vocab_parallel.is_replicated(weight)
-        if not sharded:
-            inputs = vocab_parallel.unwrap(inputs)
     call = Call(
-        temperature, softcap, ignore_index,
-        default_workspace(device) if workspace_bytes is None else workspace_bytes, max_scored,
+        temperature, softcap, ignore_index, workspace_for(hidden, workspace_bytes), max_scored,
         tail_tolerance, return_entropy, impl,
     )  # fmt: skip
-    if isinstance(hidden, Tensor):
+    inputs, call, _ = prepare(inputs, call)
+    logprobs, entropy = _logprobs(inputs, call, (weight, bias))
+    return (logprobs, entropy.detach()) if return_entropy else logprobs
+
+
+def workspace_for(hidden: Any, workspace_bytes: int | None) -> int:
+    """The bound of a call: as given, or the device's default."""
+    if workspace_bytes is not None:
+        return workspace_bytes
+    return default_workspace(hidden.device.type if isinstance(hidden, Tensor) else "cpu")
+
+
+def prepare(inputs: Inputs, call: Call) -> tuple[Inputs, Call, bool]:
+    """Inputs as the operators take them, the call with its backend chosen; whether W is sharded.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was given.
+        NotImplementedError: for forward mode.
+    """
+    sharded, tail_tolerance = False, call.tail_tolerance
+    # A DTensor's module is slow to import.
+    if getattr(inputs.weight_VD, "placements", None) is not None:
+        from bvpo_kernels.head import sharded as vocab_parallel
+
+        sharded = not vocab_parallel.is_replicated(inputs.weight_VD)
+        if not sharded:
+            inputs = vocab_parallel.unwrap(inputs)
+    if isinstance(inputs.hidden_TD, Tensor):
         inputs = _autocast(inputs)
     _check_tensors(inputs)
     _check_shapes(inputs)
     _check_options(call)
     trained = any(t.requires_grad for t in (*inputs[:2], *inputs[3:]) if t is not None)
-    sparse = tail_tolerance > 0 and torch.is_grad_enabled() and trained and lora is None
+    lora = inputs.lora_b_VR is not None
+    sparse = tail_tolerance > 0 and torch.is_grad_enabled() and trained and not lora
     if sparse and sharded:
         raise ValueError(f"tail_tolerance: expected 0 for a sharded weight, got {tail_tolerance}")
-    chosen = backends.choose(impl, lambda name: _unsupported(name, inputs, sparse, sharded))
+    chosen = backends.choose(call.impl, lambda name: _unsupported(name, inputs, sparse, sharded))
     if chosen != "reference" or sparse:
         check_reverse_mode("linear_logprobs", *inputs)
     call = call._replace(impl=chosen, tail_tolerance=tail_tolerance if sparse else 0.0)
     inputs = inputs._replace(target_T=inputs.target_T.to(torch.int64))
     if inputs.lora_b_VR is not None:
         inputs = inputs._replace(lora_b_VR=inputs.lora_b_VR.to(inputs.hidden_TD.dtype))
-    logprobs, entropy = _logprobs(inputs, call, (weight, bias))
-    return (logprobs, entropy.detach()) if return_entropy else logprobs
+    return inputs, call, sharded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def _weight(name: str, value: float | Tensor, most: float, device: torch.device)
 def _weights(
     alpha: float | Tensor | Mapping[str, float | Tensor], kinds: Sequence[str], device: torch.device
 ) -> dict[str, float | Tensor]:
-    """The weight of each kind of the batch."""
+    """The weight of each kind of the batch, in its order."""
     if isinstance(alpha, Mapping):
         _check_kinds("alpha", alpha, kinds)
         return {k: _weight(f"alpha[{k!r}]", alpha[k], math.inf, device) for k in kinds}
@@ -49,7 +49,7 @@ def _check_kinds(name: str, mapping: Mapping[str, object], kinds: Sequence[str])
         raise ValueError(f"{name}: expected the kinds {list(kinds)}, got {list(mapping)}")
 
 
-def _spec(
+def check_loss(
     loss: str, options: Mapping[str, object], ref_scores_S: Tensor | None, kl: object
 ) -> LossSpec:
     """The row of `LOSSES`, after checking that the call gives what it takes."""
@@ -120,6 +120,48 @@ def _unit_scale(
         lambda: f"{unit_counts[name]} for a batch with {int(units)}",
     )
     return weight / count.clamp(min=1).double()
+
+
+class KindWeight(NamedTuple):
+    """One kind of a batch: which pairs are of it and how many, its weight in L_c, the divisor N_k;
+    weight / N_k, and the factor of a unit's gradient (`BVPOLoss.kind_scale`), fp64."""
+
+    mask_P: Tensor
+    pairs: Tensor
+    weight: float | Tensor
+    divisor: Tensor
+    by_pair: Tensor
+    by_unit: Tensor
+
+
+def kind_weights(
+    batch: PackedBatch,
+    alpha: float | Tensor | Mapping[str, float | Tensor],
+    device: torch.device,
+    pair_counts: Mapping[str, int | Tensor] | None = None,
+    unit_counts: Mapping[str, int] | None = None,
+) -> dict[str, KindWeight]:
+    """Of each kind; see `bvpo_loss`, whose arguments these are."""
+    weights = _weights(alpha, batch.kinds, device)
+    for name, mapping in (("pair_counts", pair_counts), ("unit_counts", unit_counts)):
+        if mapping is not None:
+            _check_kinds(name, mapping, batch.kinds)
+    result = {}
+    for index, (kind, weight) in enumerate(weights.items()):
+        mask_P = batch.pair_kind_P == index
+        pairs = mask_P.sum()
+        divisor = _divisor(kind, pairs, pair_counts)
+        by_pair = weight / divisor.double()
+        by_unit = _unit_scale(weight, by_pair * pairs, batch, index, unit_counts)
+        result[kind] = KindWeight(mask_P, pairs, weight, divisor, by_pair, by_unit)
+    return result
+
+
+def report(weights: Mapping[str, KindWeight], exact: bool) -> None:
+    """Tell the collection of gradient statistics that is running, if any, of a loss."""
+    if scope.active is not None:
+        by_unit = {kind: w.by_unit for kind, w in weights.items()}
+        scope.active.report_loss(by_unit, {kind: w.by_pair for kind, w in weights.items()}, exact)
 
 
 def _may_have_pairs(pairs: Tensor) -> bool:
@@ -231,27 +273,19 @@ def bvpo_loss(
 
     Source: arXiv 2510.05095 (BVPO).
     """
-    spec = _spec(loss, loss_options, ref_scores_S, kl)
+    spec = check_loss(loss, loss_options, ref_scores_S, kl)
     inputs = _inputs(spec, scores_S, ref_scores_S, batch)
-    weights = _weights(alpha, batch.kinds, scores_S.device)
-    for name, mapping in (("pair_counts", pair_counts), ("unit_counts", unit_counts), ("kl", kl)):
-        if isinstance(mapping, Mapping):
-            _check_kinds(name, mapping, batch.kinds)
+    weights = kind_weights(batch, alpha, scores_S.device, pair_counts, unit_counts)
+    if isinstance(kl, Mapping):
+        _check_kinds("kl", kl, batch.kinds)
     total = scores_S[:0].sum()  # 0, with a gradient (of zeros) whatever is left out below
     kind_losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
-    by_unit: dict[str, Tensor] = {}
-    by_pair: dict[str, Tensor] = {}
-    for index, kind in enumerate(batch.kinds):
-        mask_P = batch.pair_kind_P == index
-        pairs, weight = mask_P.sum(), weights[kind]
-        divisor = _divisor(kind, pairs, pair_counts)
+    for kind, (mask_P, pairs, weight, divisor, *_) in weights.items():
         arguments: dict[str, Any] = {"beta": beta, **loss_options}
         if spec.kl:
             given = kl[kind] if isinstance(kl, Mapping) else kl
             arguments["kl"] = _batch_kl(inputs, mask_P, pairs) if given is None else given
-        by_pair[kind] = weight / divisor.double()
-        by_unit[kind] = _unit_scale(weight, by_pair[kind] * pairs, batch, index, unit_counts)
         kind_losses[kind] = _kind_loss(spec, inputs, mask_P, divisor, arguments)
         if isinstance(weight, Tensor):
             counted = _kind_loss(spec, inputs, mask_P & (weight != 0), divisor, arguments)
@@ -264,8 +298,9 @@ def bvpo_loss(
             metrics |= {f"{kind}/{name}": value for name, value in kind_metrics.items()}
     metrics["loss"] = total.detach()
     if TRACE in weights:
-        a = weights[TRACE]
+        a = weights[TRACE].weight
         metrics["alpha"] = a.to(total) if isinstance(a, Tensor) else total.new_full((), a)
-    if scope.active is not None and torch.is_grad_enabled() and total.requires_grad:
-        scope.active.report_loss(by_unit, by_pair, pair_counts is None or unit_counts is not None)
-    return BVPOLoss(total, kind_losses, metrics, by_unit)
+    if torch.is_grad_enabled() and total.requires_grad:
+        report(weights, pair_counts is None or unit_counts is not None)
+    scale = {kind: w.by_unit for kind, w in weights.items()}
+    return BVPOLoss(total, kind_losses, metrics, scale, scores_S)

@@ -12,6 +12,7 @@ from bvpo_kernels.ops.head import (
     linear_logprobs_statistics,
 )
 from bvpo_kernels.ops.packing import segment_sum
+from bvpo_kernels.ops.pair_loss import linear_pair_loss, linear_pair_loss_statistics
 
 __all__ = [
     "grouped_embedding_backward",
@@ -20,6 +21,8 @@ __all__ = [
     "linear_logprobs_backward",
     "linear_logprobs_forward",
     "linear_logprobs_statistics",
+    "linear_pair_loss",
+    "linear_pair_loss_statistics",
     "pair_reduce",
     "segment_sum",
 ]

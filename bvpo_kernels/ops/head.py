@@ -77,7 +77,7 @@ if not backends.MISSING["triton"]:  # importing these modules needs triton
     SERVING["triton"] = _Triton
 
 
-def _check_targets(inputs: Inputs, call: Call) -> None:
+def check_targets(inputs: Inputs, call: Call) -> None:
     """Targets lie in [0, V) or are `ignore_index`, and no more rows are scored than was said; on a
     GPU the checks stay on the device."""
     target_T, vocab = inputs.target_T, inputs.weight_VD.shape[0]
@@ -99,7 +99,7 @@ def _check_targets(inputs: Inputs, call: Call) -> None:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, call, unit = cut(args, Inputs, Call, bool)
-    _check_targets(inputs, call)
+    check_targets(inputs, call)
     return SERVING[call.impl].forward(inputs, call, unit)
 
 

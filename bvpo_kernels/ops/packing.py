@@ -18,6 +18,18 @@ if not backends.MISSING["triton"]:  # importing this module needs triton
     _MODULES["triton"] = triton_packing
 
 
+def _unsupported(backend: str, device: str) -> str:
+    """Why a backend that is installed cannot serve `segment_sum`; '' when it can."""
+    if backend == "triton" and device != "cuda" and not backends.INTERPRETED:
+        return f"it serves CUDA tensors, got {device}"
+    return "" if backend in ("reference", "eager", "triton") else "it has no kernel of segment_sum"
+
+
+def choose_sum(impl: str, device: str) -> str:
+    """The backend of `segment_sum` for a type of device."""
+    return backends.choose(impl, lambda name: _unsupported(name, device))
+
+
 def _sum(values: Tensor, cu_seqlens: Tensor, impl: str) -> Tensor:
     # Here and not in the public function: a graph cannot be traced through checks of values.
     checks.cu_seqlens_values(cu_seqlens, values.shape[0])

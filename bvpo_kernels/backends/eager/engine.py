@@ -17,7 +17,9 @@ from bvpo_kernels.backends.schedule import (
     WEIGHTED,
     HiddenSink,
     Tile,
+    finish_rows,
     ranges,
+    whole_tiles,
 )
 from bvpo_kernels.call import Call, Head, Inputs, Kept, accumulate_dtype
 
@@ -74,7 +76,19 @@ def tile_shape(num_tokens: int, vocab: int, device: torch.device, workspace: int
 
 def logits_tile(hidden_TD: Tensor, head: Head, columns: slice) -> tuple[Tensor, Tensor | None]:
     """A tile of final logits and, with a softcap, its derivative factor 1 - tanh^2."""
-    z = mm(hidden_TD, head.rows(columns).T)
+    return _finish_logits(mm(hidden_TD, head.rows(columns).T), head, columns)
+
+
+def whole_logits(hidden_TD: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """The same of all columns, formed by tiles: LoRA copies the rows of W that it reads."""
+    acc = accumulate_dtype(hidden_TD.dtype)
+    z = hidden_TD.new_empty(hidden_TD.shape[0], head.vocab, dtype=acc)
+    for columns in whole_tiles(head):
+        z[:, columns] = mm(hidden_TD, head.rows(columns).T)
+    return _finish_logits(z, head, slice(0, head.vocab))
+
+
+def _finish_logits(z: Tensor, head: Head, columns: slice) -> tuple[Tensor, Tensor | None]:
     if head.bias_V is not None:
         z += head.bias_V[columns]
     slope = None
@@ -146,16 +160,16 @@ class TorchEngine:
         self.dtype, self.device, self.width = hidden_TE.dtype, hidden_TE.device, hidden_TE.shape[1]
         self.ignored_T = target_T == call.ignore_index
         self.index = scored_rows(target_T, call.ignore_index)
-        self._hidden_RE = self._take(hidden_TE)
-        self._target_R = self._take(target_T.masked_fill(self.ignored_T, 0))
+        self._hidden_RE = self.take(hidden_TE)
+        self._target_R = self.take(target_T.masked_fill(self.ignored_T, 0))
         self.num_rows = self._target_R.shape[0]
         if kept is not None and dlogprobs_T is not None:
-            upstream_R = self._take(dlogprobs_T.masked_fill(self.ignored_T, 0))
+            upstream_R = self.take(dlogprobs_T.masked_fill(self.ignored_T, 0))
             self._upstream_R = upstream_R / self.head.temperature
-            self._coefficient_R = -torch.expm1(self._take(kept.logprobs_T)) * self._upstream_R
-            self._lse_R = self._take(kept.max_T), self._take(kept.logsum_T)
+            self._coefficient_R = -torch.expm1(self.take(kept.logprobs_T)) * self._upstream_R
+            self._lse_R = self.take(kept.max_T), self.take(kept.logsum_T)
 
-    def _take(self, values_T: Tensor) -> Tensor:
+    def take(self, values_T: Tensor) -> Tensor:
         return values_T if self.index is None else values_T[self.index]
 
     def put_back(self, values_R: Tensor) -> Tensor:
@@ -251,6 +265,36 @@ class TorchEngine:
         inside_T, index_T1 = target_column(self._target_R[tokens], columns)
         set_target(z, inside_T, index_T1, self._coefficient_R[tokens])
         return (z.mul_(slope) if slope is not None else z).to(dtype)
+
+    def whole_rows(self, room: int) -> int:
+        return max(room // (self.head.vocab * BYTES_PER_LOGIT), 1)
+
+    def form(
+        self, hidden: Tensor, factor: Tensor, tokens: slice, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        z, slope = whole_logits(hidden, self.head)
+        target = self.target(tokens)
+        index_R1, state = target[:, None], self.new_state(tokens)
+        state[TARGET_Z] = z.gather(1, index_R1)[:, 0]
+        z.scatter_(1, index_R1, -torch.inf)
+        state[MAX] = z.amax(1)
+        shift_R = state[MAX].where(state[MAX] > -torch.inf, state[TARGET_Z])
+        state[SUM] = z.sub_(shift_R[:, None]).exp_().sum(1)
+        found = finish_rows(self.head, target, state, entropy=False)
+        upstream_R = factor / self.head.temperature
+        own_R = -torch.expm1(found.logprobs_T) * upstream_R
+        z.mul_((-upstream_R * torch.exp(-found.logsum_T))[:, None])
+        z.scatter_(1, index_R1, own_R[:, None])
+        return found.logprobs_T, (z.mul_(slope) if slope is not None else z).to(dtype)
+
+    def put_product(self, total: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+        if left.dtype != total.dtype or left.is_cuda:
+            part = mm(left, right)
+            total.add_(part) if add else total.copy_(part)
+            return
+        for part in ranges(left.shape[1], CPU_STRETCH):
+            beta = 1 if add or part.start else 0
+            torch.addmm(total, left[:, part], right[part], beta=beta, out=total)
 
     def column_sums(self, dz: Tensor, tokens: slice) -> Tensor:
         return dz.sum(0)

@@ -16,9 +16,11 @@ import itertools
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from bvpo_kernels import checks
+from bvpo_kernels.backends import schedule
 from bvpo_kernels.backends.eager.engine import mm
 from bvpo_kernels.backends.schedule import HiddenSink, Tile
 from bvpo_kernels.backends.triton import logprobs as row_kernels
@@ -32,6 +34,8 @@ MAX_TOKENS = 8192
 MIN_COLUMNS = 1024
 # Columns are cut at multiples of this, so that every tile's rows are aligned for 16-byte accesses.
 COLUMN_STEP = 64
+# Rows of a chunk with whole logits: a multiple of what a GEMM's tile takes.
+ROW_STEP = 128
 LOGIT_BYTES = 4
 # Compaction, softmax state and results of a token.
 VECTOR_BYTES = 64
@@ -250,6 +254,47 @@ class TritonEngine:
             self.head,
         )
         return dz
+
+    def take(self, values_T: Tensor) -> Tensor:
+        return self.rows.take(values_T)
+
+    def whole_rows(self, room: int) -> int:
+        row_bytes = self._padded_vocab * LOGIT_BYTES + VECTOR_BYTES
+        row_bytes += self.width * (self.dtype.itemsize + LOGIT_BYTES)
+        rows = room // row_bytes
+        return max(rows // ROW_STEP * ROW_STEP, min(rows, ROW_STEP), 1)
+
+    @property
+    def _padded_vocab(self) -> int:
+        return triton.cdiv(self.head.vocab, COLUMN_STEP) * COLUMN_STEP
+
+    def form(
+        self, hidden: Tensor, factor: Tensor, tokens: slice, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """dZ lies over the logits. Rows are padded: the next product reads them in 16 bytes."""
+        rows, head, start = hidden.shape[0], self.head, (tokens.start, 0)
+        z = torch.empty(rows, self._padded_vocab, device=self.device)[:, : head.vocab]
+        for columns in schedule.whole_tiles(head):
+            self.put_product(z[:, columns], hidden, head.rows(columns).T, add=False)
+        state, scored = self.new_state(tokens), self.scored(tokens)
+        row_kernels.forward_rows(z, scored, state, start, head)
+        found = schedule.finish_rows(head, self.target(tokens), state, entropy=False)
+        upstream = factor.to(torch.float32) / head.temperature
+        coefficient = -torch.expm1(found.logprobs_T) * upstream
+        values = Upstream(upstream, coefficient, found.max_T, found.logsum_T)
+        dz = over(z, dtype)
+        row_kernels.backward_rows(z, dz, scored, values, start, head)
+        return found.logprobs_T, dz
+
+    def put_product(self, total: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+        if add:
+            self.add_product(total, left, right, slice(0), over_tokens=False)
+        elif left.is_cuda and left.dtype != total.dtype:
+            torch.mm(left, right, out_dtype=total.dtype, out=total)
+        elif left.is_cuda:
+            torch.mm(left, right, out=total)
+        else:
+            total.copy_(mm(left, right))
 
     def column_sums(self, dz: Tensor, tokens: slice) -> Tensor:
         return dz.sum(0)

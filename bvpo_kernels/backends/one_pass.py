@@ -1,0 +1,282 @@
+"""The trained head in one pass: 6 TVD FLOPs, where recomputing a tile of logits makes 8.
+
+The gradient of a pair's loss f(m) has one unknown before the forward, f'(m): all else of the
+upstream gradient of a token, its sign and the length of its response, is known. So a chunk of rows
+forms its logits over the whole vocabulary once and, in place, dZ, dH and dW of the margin; what is
+formed of a pair is multiplied by its number c = weight f'(m) when its scores are there.
+
+    floor of FLOPs 6 TVD; bytes besides: 8 V D per chunk (the fp32 sums), 8 to 14 T V (the logits)
+
+Sums of a pair are a tile [V, D] in fp32. Two are enough for any number of pairs: those finished, and
+the one in progress. Statistics multiply the groups' gradients with each other and keep a tile each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bvpo_kernels import backends
+from bvpo_kernels.backends.eager.grad_stats import empty, signs, vector_statistics
+from bvpo_kernels.backends.eager.engine import BYTES_PER_LOGIT
+from bvpo_kernels.backends.schedule import Engine, ranges, whole_tiles
+from bvpo_kernels.backends.slopes import SLOPES
+from bvpo_kernels.backends.statistics import Asked
+from bvpo_kernels.call import Call, Inputs, Need, Pairs, accumulate_dtype
+
+# Bytes that a logit costs while its chunk is alive, and rows of which the default workspace holds
+# the logits: then the sums of dW, which every chunk reads and writes, cost 238 / 2048 of the
+# products on an H200 (measured-rate bytes over FLOPs, whatever D is), and less on a CPU.
+LOGIT_BYTES = {"eager": BYTES_PER_LOGIT, "cpp": 4, "triton": 4}
+DEFAULT_ROWS = {"eager": 256, "cpp": 1024, "triton": 2048}
+# Below this the sums' traffic outweighs the product that the pass saves.
+LEAST_ROWS = 64
+# Groups whose tiles the default workspace holds for statistics.
+MOST_TILES = 8
+
+
+class Formed(NamedTuple):
+    """All but for the factor of the loss itself, which the backward knows.
+
+    slope_P: c of each pair, which the rows `unit_TE`, gradients of margins to [h, x], still lack.
+    total_VE, dbias_V: in the accumulation dtype; without elements where not wanted.
+    """
+
+    scores_S: Tensor
+    slope_P: Tensor
+    unit_TE: Tensor
+    total_VE: Tensor
+    dbias_V: Tensor
+
+
+class Measured(NamedTuple):
+    """Of the pairs' gradients, each a group: their Gram matrix, what is kept of the weight's and of
+    the bias's, rows of the weight's (`Asked`)."""
+
+    gram_GG: Tensor
+    kept_weight: Tensor
+    kept_bias: Tensor
+    rows_GUD: Tensor
+
+
+class Former(Protocol):
+    """One backend's pass over a pair's rows."""
+
+    def form(self, pair: int, sums_VE: Tensor | None, dbias_V: Tensor | None) -> None:
+        """Fill the pair's rows of the results, and its gradients to the weight and the bias."""
+
+    def scores(self, pair: int) -> Tensor:
+        """Of the pair's two segments, once it is formed."""
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """logprobs [T]; unit [T, E], without elements where hidden needs no gradient."""
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    triton = values.is_cuda and not backends.MISSING["triton"]
+    return torch.ops.bvpo.segment_sum(values, cu_seqlens, "triton" if triton else "eager")
+
+
+class EngineFormer:
+    """Chunks of rows over an engine of `schedule`; `room`: bytes for whole logits."""
+
+    def __init__(
+        self, engine: Engine, inputs: Inputs, pairs: Pairs, factor_T: Tensor, need: Need, room: int
+    ) -> None:
+        self.engine, self.need = engine, need
+        self.rows = engine.groups(pairs.ranges_P2, pairs.scored_P)
+        self.factor_R = engine.take(factor_T)
+        acc = accumulate_dtype(engine.dtype)
+        self.logprobs_R = torch.zeros(engine.num_rows, dtype=acc, device=engine.device)
+        self.sink = engine.hidden_sink() if need.hidden else None
+        self.first = 0 if need.weight else engine.head.weight_VD.shape[1]
+        self.most = engine.whole_rows(room)
+        scored_T = inputs.target_T != engine.call.ignore_index
+        before = torch.cat([scored_T.new_zeros(1, dtype=torch.int32), scored_T.cumsum(0)])
+        self.edges_S1 = before[pairs.cu_seqlens.to(torch.int64)].to(torch.int32)
+
+    def form(self, pair: int, sums_VE: Tensor | None, dbias_V: Tensor | None) -> None:
+        rows = self.rows[pair]
+        count = rows.stop - rows.start
+        if sums_VE is not None and count == 0:
+            sums_VE.zero_()
+        if dbias_V is not None:
+            dbias_V.zero_()
+        chunks = -(-count // self.most)
+        for part in ranges(count, -(-count // max(chunks, 1)) or 1):
+            tokens = slice(rows.start + part.start, rows.start + part.stop)
+            self._chunk(tokens, sums_VE, dbias_V, add=part.start > 0)
+
+    def _chunk(
+        self, tokens: slice, sums_VE: Tensor | None, dbias_V: Tensor | None, add: bool
+    ) -> None:
+        engine, acc = self.engine, accumulate_dtype(self.engine.dtype)
+        hidden = engine.hidden(tokens)
+        wanted = engine.dtype if dbias_V is None else acc
+        logprobs, dz = engine.form(hidden, self.factor_R[tokens], tokens, wanted)
+        self.logprobs_R[tokens] = logprobs
+        if dbias_V is not None:  # summed before dZ is rounded
+            dbias_V += engine.column_sums(dz, tokens)
+            dz = dz.to(engine.dtype)
+        dhidden = None
+        if self.sink is not None:
+            dhidden = torch.empty(hidden.shape, dtype=acc, device=engine.device)
+        for columns in whole_tiles(engine.head):
+            left = dz[:, columns]
+            if dhidden is not None:
+                engine.put_product(dhidden, left, engine.head.rows(columns), columns.start > 0)
+            if sums_VE is not None:
+                engine.put_product(sums_VE[columns], left.T, hidden[:, self.first :], add)
+        if self.sink is not None and dhidden is not None:
+            self.sink.put(tokens, dhidden)
+
+    def scores(self, pair: int) -> Tensor:
+        edges = self.edges_S1[2 * pair : 2 * pair + 3]
+        return segment_sum(self.logprobs_R[self.rows[pair]], edges - edges[0])
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        none = torch.empty(0, dtype=self.engine.dtype, device=self.engine.device)
+        logprobs_T = self.engine.put_back(self.logprobs_R)
+        return logprobs_T, none if self.sink is None else self.sink.result()
+
+
+def num_tiles(pairs: int, asked: Asked | None = None) -> int:
+    """Tiles of sums that a pass over so many pairs has."""
+    return pairs if asked is not None and asked.plan.exact else min(pairs, 2)
+
+
+def tile_bytes(inputs: Inputs, need: Need) -> int:
+    """Of the sums of the rows of [W, B] that are trained."""
+    lora_b_VR = inputs.lora_b_VR
+    width = inputs.weight_VD.shape[1] if need.weight else 0
+    width += 0 if lora_b_VR is None else lora_b_VR.shape[1]
+    return len(inputs.weight_VD) * width * accumulate_dtype(inputs.weight_VD.dtype).itemsize
+
+
+def workspace(inputs: Inputs, need: Need, impl: str, tiles: int, rows: int | None = None) -> int:
+    """Bytes of the tiles and of the logits of a chunk of rows; None: as many as pay."""
+    most = inputs.target_T.shape[0]
+    rows = min(DEFAULT_ROWS[impl] if rows is None else rows, max(most, 1))
+    return tiles * tile_bytes(inputs, need) + rows * LOGIT_BYTES[impl] * len(inputs.weight_VD)
+
+
+def spread(values_S: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Each token receives its segment's value."""
+    return torch.ops.bvpo.segment_spread(values_S, cu_seqlens, num_tokens, values_S.dtype, "eager")
+
+
+def factor_tokens(pairs: Pairs, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Upstream gradient of each token in its pair's margin, scaled to 1 at most; the scales [P].
+
+    A pair of weight 0 is left out, not multiplied: it may be infinite. And half precision has no
+    room for p / length.
+    """
+    scale_P = pairs.factor_S.abs().view(-1, 2).amax(1)
+    used_P = pairs.weight_P != 0
+    factor_P2 = (pairs.factor_S.view(-1, 2) / scale_P[:, None]).masked_fill(~used_P[:, None], 0)
+    return spread(factor_P2.flatten(), pairs.cu_seqlens, num_tokens), scale_P
+
+
+def slopes(pairs: Pairs, scores_S: Tensor, which: slice) -> Tensor:
+    """weight f'(m) of the pairs `which`, whose scores are given; 0 where the weight is."""
+    segments = slice(2 * which.start, 2 * which.stop)
+    ratio_S = pairs.factor_S[segments] * (scores_S - pairs.reference_S[segments])
+    options = dict(zip(pairs.names, pairs.values, strict=True))
+    slope_P = SLOPES[pairs.loss](ratio_S.view(-1, 2).sum(1), pairs.beta, **options)
+    weight_P = pairs.weight_P[which]
+    return torch.where(weight_P != 0, weight_P * slope_P, 0)
+
+
+class Keeper:
+    """What statistics keep of each pair's gradient to the weight, as its tile is finished."""
+
+    def __init__(self, inputs: Inputs, count: int, need: Need, asked: Asked) -> None:
+        self.asked, self.plan, self.exact = asked, asked.plan, asked.plan.exact and need.weight
+        like = inputs.hidden_TD
+        vocab, dim = inputs.weight_VD.shape
+        self.kept, self.rows_GUD = empty(like), empty(like)
+        if not need.weight:
+            return
+        if self.plan.sketch:
+            self.left_Vk = signs(vocab, self.plan.sketch, self.plan.seed, asked.layer, 0, like)
+            self.right_Dk = signs(dim, self.plan.sketch, self.plan.seed, asked.layer, 1, like)
+        if self.plan.sketch or self.plan.num_kinds:
+            self.kept = self.kept.new_zeros(self.plan.kept_shape((vocab, dim)))
+        if asked.rows_U is not None and self.exact:
+            self.rows_GUD = self.rows_GUD.new_zeros(count, asked.rows_U.shape[0], dim)
+
+    def see(self, pair: int, tile_VD: Tensor, slope: Tensor) -> None:
+        if self.plan.sketch:
+            self.kept[pair] = slope * (self.left_Vk.T @ tile_VD @ self.right_Dk)
+        elif self.plan.num_kinds:
+            kind = self.plan.kinds_G[pair : pair + 1]
+            self.kept.index_add_(0, kind, (slope * tile_VD)[None])
+        if self.rows_GUD.numel() and self.asked.rows_U is not None:
+            self.rows_GUD[pair] = slope * tile_VD[self.asked.rows_U]
+
+    def result(self, gram_PP: Tensor | None, slope_P: Tensor, dbias_PV: Tensor) -> Measured:
+        count = len(slope_P)
+        gram_GG = torch.zeros(count, count, dtype=torch.float64, device=slope_P.device)
+        if gram_PP is not None:
+            slope_P = slope_P.double()
+            gram_GG += slope_P[:, None] * gram_PP * slope_P
+        kept_bias = empty(self.kept)
+        if dbias_PV.numel():
+            bias_gram_GG, kept_bias = vector_statistics(dbias_PV, self.plan)
+            gram_GG += bias_gram_GG
+        return Measured(gram_GG, self.kept, kept_bias, self.rows_GUD)
+
+
+def run(
+    former: Former, inputs: Inputs, pairs: Pairs, scale_P: Tensor, need: Need,
+    keeper: Keeper | None = None,
+) -> tuple[Formed, Measured | None]:  # fmt: skip
+    """One pass over the pairs in their order; results that are not wanted are without elements."""
+    count, tiles = len(pairs.scored_P), _tiles(inputs, len(pairs.scored_P), need, keeper)
+    new: Any = {"dtype": tiles.dtype, "device": tiles.device}
+    dbias_PV = torch.empty(count, tiles.shape[1] if need.bias else 0, **new)
+    slope_P, gram_PP = torch.empty(count, **new), None
+    apart = keeper is not None and keeper.exact
+    for pair in range(count):
+        tile = tiles[pair if apart else min(pair, 1)] if len(tiles) else None
+        former.form(pair, tile, dbias_PV[pair] if need.bias else None)
+        which = slice(pair, pair + 1)
+        # What is formed are gradients of the margin over its scale.
+        slope_P[pair] = (slopes(pairs, former.scores(pair), which) * scale_P[which])[0]
+        if keeper is not None and tile is not None:
+            keeper.see(pair, tile, slope_P[pair])
+        if tile is not None and not apart and (pair or count == 1):
+            _join(tiles, slope_P, pair)
+    if apart and len(tiles):
+        gram_PP = torch.ops.bvpo.pair_reduce(tiles, tiles[0], slope_P, False)
+    dbias_PV.mul_(slope_P[:, None])
+    logprobs_T, unit_TE = former.results()
+    if not len(tiles):  # no pairs, or nothing wanted
+        total_VE = tiles.new_zeros(tiles.shape[1:] if tiles.shape[2] else 0)
+    else:
+        # Until the backward two tiles are kept at most.
+        total_VE = tiles[0].clone() if len(tiles) > 2 else tiles[0]
+    scores_S = segment_sum(logprobs_T, pairs.cu_seqlens)
+    formed = Formed(scores_S, slope_P, unit_TE, total_VE, dbias_PV.sum(0))
+    return formed, None if keeper is None else keeper.result(gram_PP, slope_P, dbias_PV)
+
+
+def _tiles(inputs: Inputs, count: int, need: Need, keeper: Keeper | None) -> Tensor:
+    """Room for the sums of pairs, [K, V, E]."""
+    weight_VD, lora_b_VR = inputs.weight_VD, inputs.lora_b_VR
+    width = weight_VD.shape[1] if need.weight else 0
+    width += 0 if lora_b_VR is None else lora_b_VR.shape[1]
+    apart = keeper is not None and keeper.exact
+    num_tiles = 0 if width == 0 else (count if apart else min(count, 2))
+    acc = accumulate_dtype(weight_VD.dtype)
+    return torch.empty(num_tiles, len(weight_VD), width, dtype=acc, device=weight_VD.device)
+
+
+def _join(tiles: Tensor, slope_P: Tensor, pair: int) -> None:
+    """Add the tile of the pair to that of those before; the first has its own factor to come."""
+    weights = slope_P[: pair + 1]
+    if pair > 1:
+        weights = torch.stack([torch.ones_like(slope_P[0]), slope_P[pair]])
+    torch.ops.bvpo.pair_reduce(tiles, tiles[0], weights, False)
