@@ -101,7 +101,8 @@ class Pairs(NamedTuple):
     (score_S - reference_S), of a pack whose segments 2p and 2p + 1 are pair p.
 
     ranges_P2, scored_P: token range and scored rows of each pair, int64, on the CPU: sizes of
-    products. factor_S: +-1 or +-1 / length. loss, beta, names, values: which f (`slopes.py`).
+    products. factor_S: +-1 or +-1 / length; it and weight_P in fp64. loss, beta, names, values:
+    which f (`slopes.py`).
     """
 
     cu_seqlens: Tensor

@@ -16,7 +16,7 @@ from bvpo_kernels.types import PackedBatch
 
 
 class HeadStatistics(Protocol):
-    """What `linear_logprobs`, `linear_bvpo_loss`, `bvpo_loss` and instrumented layers ask of the collection."""
+    """What the LM head's functions, `bvpo_loss` and instrumented layers ask of the collection."""
 
     collection: Any
 

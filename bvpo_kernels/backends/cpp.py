@@ -9,7 +9,7 @@ from bvpo_kernels.backends import sparse, statistics
 from bvpo_kernels.backends.eager.grad_stats import group_bounds, signs
 from bvpo_kernels.backends.schedule import no_lists
 from bvpo_kernels.backends.statistics import Asked
-from bvpo_kernels.call import Call, Gradients, Inputs, Kept, Need
+from bvpo_kernels.call import Call, Gradients, Inputs, Kept, Need, Pairs
 
 
 def _options(call: Call) -> tuple[float, float | None, int, int]:
@@ -84,3 +84,38 @@ def _left(weight_VD: Tensor, asked: Asked) -> tuple[Tensor, float]:
     vocab, k = weight_VD.shape[0], asked.plan.sketch
     left_Vk = signs(vocab, k, asked.plan.seed, asked.layer, 0, weight_VD)
     return (left_Vk, 1.0) if vocab <= k else (left_Vk.sign(), k**-0.5)
+
+
+class PairFormer:
+    """`one_pass.Former` over the C++ kernel, which compacts the scored rows itself."""
+
+    def __init__(
+        self, inputs: Inputs, call: Call, pairs: Pairs, factor_T: Tensor, need: Need, room: int
+    ) -> None:
+        self.inputs, self.call, self.factor_T, self.need = inputs, call, factor_T, need
+        self.ranges = pairs.ranges_P2.tolist()
+        self.cu_seqlens = pairs.cu_seqlens
+        self.chunk = max(room // (4 * inputs.weight_VD.shape[0]), 1)
+        self.logprobs_T = torch.zeros_like(factor_T)
+        self.unit_TD = torch.empty_like(inputs.hidden_TD) if need.hidden else factor_T.new_empty(0)
+
+    def form(self, pair: int, sums_VE: Tensor | None, dbias_V: Tensor | None) -> None:
+        tokens = slice(*self.ranges[pair])
+        own = self.inputs._replace(
+            hidden_TD=self.inputs.hidden_TD[tokens], target_T=self.inputs.target_T[tokens]
+        )
+        logprobs, unit = pair_gradients(
+            own, self.call, self.factor_T[tokens], self.chunk, self.need.hidden, sums_VE, dbias_V
+        )
+        self.logprobs_T[tokens] = logprobs
+        if self.need.hidden:
+            self.unit_TD[tokens] = unit
+
+    def scores(self, pair: int) -> Tensor:
+        edges = self.cu_seqlens[2 * pair : 2 * pair + 3]
+        values = self.logprobs_T[slice(*self.ranges[pair])]
+        return torch.ops.bvpo.segment_sum(values, edges - edges[0], "eager")
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        unit_TD = self.unit_TD.to(self.inputs.hidden_TD.dtype)
+        return self.logprobs_T, unit_TD

@@ -7,8 +7,8 @@ formed of a pair is multiplied by its number c = weight f'(m) when its scores ar
 
     floor of FLOPs 6 TVD; bytes besides: 8 V D per chunk (the fp32 sums), 8 to 14 T V (the logits)
 
-Sums of a pair are a tile [V, D] in fp32. Two are enough for any number of pairs: those finished, and
-the one in progress. Statistics multiply the groups' gradients with each other and keep a tile each.
+Sums of a pair are a tile [V, D] in fp32. Two are enough for any number of pairs: of those finished,
+and of the one in progress. Statistics multiply the groups' gradients with each other: a tile each.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from bvpo_kernels import backends
-from bvpo_kernels.backends.eager.grad_stats import empty, signs, vector_statistics
 from bvpo_kernels.backends.eager.engine import BYTES_PER_LOGIT
+from bvpo_kernels.backends.eager.grad_stats import empty, signs, vector_statistics
 from bvpo_kernels.backends.schedule import Engine, ranges, whole_tiles
 from bvpo_kernels.backends.slopes import SLOPES
 from bvpo_kernels.backends.statistics import Asked
-from bvpo_kernels.call import Call, Inputs, Need, Pairs, accumulate_dtype
+from bvpo_kernels.call import Inputs, Need, Pairs, accumulate_dtype
 
 # Bytes that a logit costs while its chunk is alive, and rows of which the default workspace holds
 # the logits: then the sums of dW, which every chunk reads and writes, cost 238 / 2048 of the
@@ -40,8 +40,8 @@ MOST_TILES = 8
 class Formed(NamedTuple):
     """All but for the factor of the loss itself, which the backward knows.
 
-    slope_P: c of each pair, which the rows `unit_TE`, gradients of margins to [h, x], still lack.
-    total_VE, dbias_V: in the accumulation dtype; without elements where not wanted.
+    slope_P: c of each pair, fp64, which the rows `unit_TE`, gradients of margins to [h, x], still
+    lack. total_VE, dbias_V: in the accumulation dtype; without elements where not wanted.
     """
 
     scores_S: Tensor
@@ -169,6 +169,7 @@ def spread(values_S: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 def factor_tokens(pairs: Pairs, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Upstream gradient of each token in its pair's margin, scaled to 1 at most; the scales [P].
+    The first in the accumulation dtype, the second in fp64.
 
     A pair of weight 0 is left out, not multiplied: it may be infinite. And half precision has no
     room for p / length.
@@ -176,13 +177,14 @@ def factor_tokens(pairs: Pairs, num_tokens: int) -> tuple[Tensor, Tensor]:
     scale_P = pairs.factor_S.abs().view(-1, 2).amax(1)
     used_P = pairs.weight_P != 0
     factor_P2 = (pairs.factor_S.view(-1, 2) / scale_P[:, None]).masked_fill(~used_P[:, None], 0)
-    return spread(factor_P2.flatten(), pairs.cu_seqlens, num_tokens), scale_P
+    acc = pairs.reference_S.dtype
+    return spread(factor_P2.flatten().to(acc), pairs.cu_seqlens, num_tokens), scale_P
 
 
 def slopes(pairs: Pairs, scores_S: Tensor, which: slice) -> Tensor:
-    """weight f'(m) of the pairs `which`, whose scores are given; 0 where the weight is."""
+    """weight f'(m) of the pairs `which`, whose scores are given, fp64; 0 where the weight is."""
     segments = slice(2 * which.start, 2 * which.stop)
-    ratio_S = pairs.factor_S[segments] * (scores_S - pairs.reference_S[segments])
+    ratio_S = (scores_S - pairs.reference_S[segments]).double() * pairs.factor_S[segments]
     options = dict(zip(pairs.names, pairs.values, strict=True))
     slope_P = SLOPES[pairs.loss](ratio_S.view(-1, 2).sum(1), pairs.beta, **options)
     weight_P = pairs.weight_P[which]
@@ -220,7 +222,6 @@ class Keeper:
         count = len(slope_P)
         gram_GG = torch.zeros(count, count, dtype=torch.float64, device=slope_P.device)
         if gram_PP is not None:
-            slope_P = slope_P.double()
             gram_GG += slope_P[:, None] * gram_PP * slope_P
         kept_bias = empty(self.kept)
         if dbias_PV.numel():
@@ -237,7 +238,7 @@ def run(
     count, tiles = len(pairs.scored_P), _tiles(inputs, len(pairs.scored_P), need, keeper)
     new: Any = {"dtype": tiles.dtype, "device": tiles.device}
     dbias_PV = torch.empty(count, tiles.shape[1] if need.bias else 0, **new)
-    slope_P, gram_PP = torch.empty(count, **new), None
+    slope_P, gram_PP = pairs.factor_S.new_empty(count), None
     apart = keeper is not None and keeper.exact
     for pair in range(count):
         tile = tiles[pair if apart else min(pair, 1)] if len(tiles) else None
@@ -246,11 +247,12 @@ def run(
         # What is formed are gradients of the margin over its scale.
         slope_P[pair] = (slopes(pairs, former.scores(pair), which) * scale_P[which])[0]
         if keeper is not None and tile is not None:
-            keeper.see(pair, tile, slope_P[pair])
+            keeper.see(pair, tile, slope_P[pair].to(tile.dtype))
         if tile is not None and not apart and (pair or count == 1):
             _join(tiles, slope_P, pair)
     if apart and len(tiles):
-        gram_PP = torch.ops.bvpo.pair_reduce(tiles, tiles[0], slope_P, False)
+        weights = slope_P.to(tiles.dtype)
+        gram_PP = torch.ops.bvpo.pair_reduce(tiles, tiles[0], weights, False)
     dbias_PV.mul_(slope_P[:, None])
     logprobs_T, unit_TE = former.results()
     if not len(tiles):  # no pairs, or nothing wanted
@@ -279,4 +281,4 @@ def _join(tiles: Tensor, slope_P: Tensor, pair: int) -> None:
     weights = slope_P[: pair + 1]
     if pair > 1:
         weights = torch.stack([torch.ones_like(slope_P[0]), slope_P[pair]])
-    torch.ops.bvpo.pair_reduce(tiles, tiles[0], weights, False)
+    torch.ops.bvpo.pair_reduce(tiles, tiles[0], weights.to(tiles.dtype), False)

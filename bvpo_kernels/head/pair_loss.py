@@ -38,9 +38,7 @@ def _need(inputs: Inputs) -> Need:
     )
 
 
-def _unserved(
-    inputs: Inputs, call: Call, sharded: bool, loss: str, batch: PackedBatch
-) -> str:
+def _unserved(inputs: Inputs, call: Call, sharded: bool, loss: str, batch: PackedBatch) -> str:
     """Why the gradients of this call cannot be formed with its scores; '' where they can."""
     need = _need(inputs)
     if not torch.is_grad_enabled():
@@ -62,7 +60,9 @@ def _unserved(
     return ""
 
 
-def _workspace(inputs: Inputs, call: Call, given: int | None, batch: PackedBatch) -> tuple[int, str]:
+def _workspace(
+    inputs: Inputs, call: Call, given: int | None, batch: PackedBatch
+) -> tuple[int, str]:
     """Bytes that the pass may take, and why they are too few; '' where they are not."""
     apart = scope.active is not None and scope.active.keeps_groups_apart
     tiles = batch.num_pairs if apart else min(batch.num_pairs, 2)
@@ -83,17 +83,18 @@ def _pairs(
     host, device = batch.on_host, weight_P.device
     assert host is not None
     edges = host.cu_seqlens.to(torch.int64)
-    sign_S = torch.ones(batch.num_segments, dtype=dtype, device=device)
+    sign_S = torch.ones(batch.num_segments, dtype=torch.float64, device=device)
     sign_S[1::2] = -1
     if LOSSES[loss].lengths:
         sign_S = sign_S / batch.scored_lengths_S
-    reference_S = torch.zeros_like(sign_S) if ref_scores_S is None else ref_scores_S.detach()
+    if ref_scores_S is None or not LOSSES[loss].reference:
+        ref_scores_S = sign_S.new_zeros(sign_S.shape)
     return Pairs(
         batch.cu_seqlens,
         torch.stack([edges[:-1:2], edges[2::2]], 1),
         host.scored_lengths_S.view(-1, 2).sum(1),
         sign_S,
-        reference_S.to(dtype),
+        ref_scores_S.detach().to(dtype),
         weight_P,
         loss,
         beta,
@@ -200,7 +201,9 @@ def linear_bvpo_loss(
             hidden, weight, batch.target_T, **head, workspace_bytes=workspace_bytes,
             max_scored=batch.num_scored, impl=impl,
         )  # fmt: skip
-        scores_S = ops.segment_sum(logprobs_T, batch.cu_seqlens, choose_sum("auto", hidden.device.type))
+        scores_S = ops.segment_sum(
+            logprobs_T, batch.cu_seqlens, choose_sum("auto", hidden.device.type)
+        )
         return bvpo_loss(scores_S, ref_scores_S, batch, alpha, **mixture)
     weights = kind_weights(batch, alpha, inputs.hidden_TD.device, pair_counts, unit_counts)
     weight_P = sum(torch.where(w.mask_P, w.by_pair, 0) for w in weights.values())

@@ -57,7 +57,6 @@ def _run(
 ) -> tuple[tuple[Tensor, ...], Measured | None]:
     check_targets(inputs, call)
     need = need._replace(bias=need.bias and inputs.bias_V is not None)
-    pairs = pairs._replace(weight_P=pairs.weight_P.to(pairs.factor_S.dtype))
     factor_T, scale_P = one_pass.factor_tokens(pairs, inputs.target_T.shape[0])
     count = len(pairs.scored_P)
     with torch.autocast(inputs.hidden_TD.device.type, enabled=False):
@@ -94,7 +93,7 @@ def _pair_loss_fake(*args: Any) -> tuple[Tensor, ...]:
     return (
         new(),
         new(pairs.cu_seqlens.shape[0] - 1),
-        new(pairs.scored_P.shape[0]),
+        hidden.new_empty(pairs.scored_P.shape[0], dtype=torch.float64),
         hidden.new_empty((hidden.shape[0], dim + rank) if need.hidden else 0),
         new(vocab, width) if width else new(0),
         new(vocab if need.bias and inputs.bias_V is not None else 0),
@@ -119,9 +118,8 @@ def gradients(
     slope_P, unit_TE, total_VE, dbias_V = formed
     dim, weight_dtype, bias_dtype, lora_dtype = like
     dhidden = dlow = dweight = dlora_b = dbias = None
-    dloss = dloss.to(slope_P.dtype)
     if need.hidden:
-        slope_S = (dloss * slope_P).repeat_interleave(2)
+        slope_S = (dloss * slope_P).to(dloss.dtype).repeat_interleave(2)
         slope_T = one_pass.spread(slope_S, cu_seqlens, unit_TE.shape[0])
         unit_TE = scaled(unit_TE, slope_T, unit_TE.dtype)
         dhidden = unit_TE[:, :dim].contiguous()
