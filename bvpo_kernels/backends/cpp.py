@@ -49,6 +49,27 @@ def backward(dlogprobs_T: Tensor, inputs: Inputs, kept: Kept, call: Call, need: 
     return Gradients(*grads)
 
 
+def pair_gradients(
+    inputs: Inputs,
+    call: Call,
+    factor_T: Tensor,
+    chunk_tokens: int,
+    need_hidden: bool,
+    sums_VD: Tensor | None,
+    bias_sums_V: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """logp [T], fp32, and factor_t d logp_t / d hidden_t [T, D], empty unless `need_hidden`.
+
+    `sums_VD`, `bias_sums_V` (fp32, contiguous) are overwritten with sum_t factor_t d logp_t / d W
+    and d bias. The logits of about `chunk_tokens` tokens exist at once: 4 V chunk_tokens bytes.
+    """
+    logprobs_T, unit_TD = torch.ops.bvpo.cpu_pair_gradients(
+        *inputs[:4], factor_T, call.temperature, call.softcap, call.ignore_index, chunk_tokens,
+        need_hidden, sums_VD, bias_sums_V,
+    )  # fmt: skip
+    return logprobs_T, unit_TD
+
+
 def head_statistics(
     dlogprobs_T: Tensor, inputs: Inputs, kept: Kept, call: Call, need: Need, asked: Asked
 ) -> tuple[Tensor, ...]:

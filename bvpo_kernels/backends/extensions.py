@@ -32,6 +32,9 @@ for _schema in (
     f"cpu_linear_logprobs_statistics({_BACKWARD}{_NEED}, Tensor? ranges, Tensor? kinds, "
     "int num_kinds, Tensor? rows, Tensor? left) -> (Tensor dhidden, Tensor dweight, "
     "Tensor dbias, Tensor gram, Tensor kinds, Tensor rows, Tensor sketched)",
+    "cpu_pair_gradients(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor factor, "
+    "float temperature, float? softcap, int ignore_index, int chunk_tokens, bool need_hidden, "
+    "Tensor(a!)? sums, Tensor(b!)? bias_sums) -> (Tensor logprobs, Tensor unit)",
     # fp32 and bf16.
     "cpu_pair_reduce(Tensor tiles, Tensor(a!) total) -> Tensor gram",
     "cpu_norm_sums(Tensor dy, Tensor x, Tensor ranges, float eps, bool centered, "

@@ -25,6 +25,14 @@ struct BackwardOut {
   float* dbias;   // [V]
 };
 
+// fp32 rows of dW for a panel, `width` apart: D numbers, and padding up to `width`.
+struct WeightRows {
+  float* data;
+  int64_t width;
+
+  float* at(int64_t v) const { return data + v * width; }
+};
+
 // Adds what tokens outside of this call contribute to row v of dW (in fp32, before it is rounded;
 // null where dW is not wanted) and returns their contribution to the bias.
 using RowAdder = std::function<float(int64_t v, float* row)>;
@@ -36,8 +44,13 @@ struct TokenVectors {
   template <typename T, typename In>
   TokenVectors(const Head<T, In>& head, const BackwardIn& in)
       : max(size(head)), logsum(size(head)), scale(size(head)), own(size(head)), slope(size(head)) {
+    set(head, in, 0, size(head));
+  }
+
+  template <typename T, typename In>
+  void set(const Head<T, In>& head, const BackwardIn& in, int64_t first, int64_t end) {
     const float inverse = 1.0f / head.transform.temperature;
-    for (int64_t t = 0; t < size(head); ++t) {
+    for (int64_t t = first; t < end; ++t) {
       const bool real = t < head.num_tokens;
       const int64_t row = real ? head.index[t] : 0;
       const float upstream = real ? in.dlogprobs[row] * inverse : 0.0f;
@@ -60,6 +73,8 @@ template <typename T, typename In>
 class Backward {
   template <typename, typename>
   friend class GroupedBackward;
+  template <typename, typename>
+  friend class PairGradients;
 
  public:
   Backward(const Head<T, In>& head, const BackwardIn& in, const BackwardOut& out, int64_t workspace,
@@ -141,7 +156,7 @@ class Backward {
       for (int64_t t = 0; t < count; t += chunk) {
         if (tokens.first != first + t) tokens = load(first + t, std::min(chunk, count - t), weight);
         form(panel, tokens, hidden ? sums + t * dim() : nullptr);
-        if (out_.dweight && weight) accumulate(panel, tokens, panel.dweight.get(), t == 0);
+        if (out_.dweight && weight) accumulate(panel, tokens, {panel.dweight.get(), dim()}, t == 0);
       }
       if (weight) finish(panel, first, count);
     }
@@ -208,9 +223,22 @@ class Backward {
     return tokens;
   }
 
-  // Phase 1: dZ of the panel for every block of tokens; with `dhidden`, dH^T += W^T dZ^T.
+  // Phase 1 with recomputed logits.
   void form(Panel& panel, const Tokens& tokens, float* dhidden) {
-    const PackedTokens<T>& packed = tokens.packed;
+    const auto recompute = [&](int64_t b, int64_t r, int64_t rows, float* z, float* slope) {
+      const WeightTile<T> weight{panel.weight.data + r * panel.weight.ld, panel.weight.ld};
+      logits_tile(head_, tokens.packed, b, weight, panel.first + r, rows, z, slope,
+                  {nullptr, vectors_.slope.get()});
+      return z;
+    };
+    form(panel, tokens.packed, dhidden, recompute);
+  }
+
+  // Phase 1: dZ of the panel for every block of tokens; with `dhidden`, dH^T += W^T dZ^T.
+  // logits(b, r, rows, z, slope) gives the tile of block b and the panel's rows from r on, in the
+  // scratch z or elsewhere, its targets taken out, and with a softcap writes the slopes.
+  template <typename Logits>
+  void form(Panel& panel, const PackedTokens<T>& packed, float* dhidden, const Logits& logits) {
     const int64_t block = packed.block, padded = padded_panel(panel.rows);
     const bool capped = head_.transform.softcap != 0.0f, rows_wanted = out_.dweight && panel.dz.get();
     Buffer<float> sums(out_.dbias ? packed.num_blocks() * panel_ : 0);
@@ -224,13 +252,11 @@ class Backward {
       if (right) std::fill(right + panel.rows / 2 * 2 * block, right + padded * block, T(0.0f));
       for (int64_t r = 0; r < panel.rows; r += kTileRows) {
         const int64_t rows = std::min(kTileRows, panel.rows - r);
-        const WeightTile<T> weight{panel.weight.data + r * panel.weight.ld, panel.weight.ld};
-        logits_tile(head_, packed, b, weight, panel.first + r, rows, z, slope,
-                    {nullptr, vectors_.slope.get()});
+        float* tile = logits(b, r, rows, z, slope);
         Output out;
         if (rows_wanted) out = {panel.dz.get() + r * panel.dz_stride + b * block, panel.dz_stride};
         if (right) out.packed = right + r * block;
-        logit_gradients({z, rows, block, block}, slope, &vectors_.max[token],
+        logit_gradients({tile, rows, block, block}, slope, &vectors_.max[token],
                         &vectors_.logsum[token], &vectors_.scale[token], out, store_as<T>(),
                         out_.dbias ? sums.get() + b * panel_ + r : nullptr);
       }
@@ -245,26 +271,26 @@ class Backward {
   }
 
   // Phase 2: blocks of dW, each owned by one task.
-  void accumulate(const Panel& panel, const Tokens& tokens, float* dweight, bool first_chunk) {
-    const int64_t padded = tokens.packed.padded();
-    const int64_t parts = (dim() + kOwnedColumns - 1) / kOwnedColumns;
-    const int64_t columns = round_up((dim() + parts - 1) / parts, 32);
+  void accumulate(const Panel& panel, const Tokens& tokens, WeightRows dweight, bool first_chunk) {
+    const int64_t padded = tokens.packed.padded(), ld = dweight.width;
+    const int64_t parts = (ld + kOwnedColumns - 1) / kOwnedColumns;
+    const int64_t columns = round_up((ld + parts - 1) / parts, 32);
     const int64_t tasks = (panel.rows + kOwnedRows - 1) / kOwnedRows * parts;
     for_each_task(tasks, kPairs<T>, [&](int64_t i) {
       const int64_t v = i / parts * kOwnedRows, rows = std::min(kOwnedRows, panel.rows - v);
-      const int64_t d = i % parts * columns, width = std::min(columns, dim() - d);
+      const int64_t d = i % parts * columns, width = std::min(columns, ld - d);
       for (int64_t t = 0; t < padded; t += kTokensPerProduct) {
         const T* right = tokens.rows.get() + t * dim() + d * (kPairs<T> ? 2 : 1);
         gemm(rows, width, std::min(kTokensPerProduct, padded - t),
              panel.dz.get() + v * panel.dz_stride + t, panel.dz_stride, right, dim(),
-             dweight + v * dim() + d, dim(), !(first_chunk && t == 0));
+             dweight.at(v) + d, ld, !(first_chunk && t == 0));
       }
     });
   }
 
   // Adds the targets' own entries to rows [begin, end) of the panel, for tokens [first, + count).
-  void add_targets(const Panel& panel, float* dweight, int64_t begin, int64_t end, int64_t first,
-                   int64_t count) const {
+  void add_targets(const Panel& panel, WeightRows dweight, int64_t begin, int64_t end,
+                   int64_t first, int64_t count) const {
     const auto by_target = [&](int64_t a, int64_t v) { return target(a) < v; };
     auto it = std::lower_bound(order_.begin(), order_.end(), panel.first + begin, by_target);
     for (; it != order_.end() && target(*it) < panel.first + end; ++it) {
@@ -274,7 +300,7 @@ class Backward {
       if (out_.dbias) panel.row_sums[v] += own;
       const In* h = head_.hidden.row(*it);
       for (int64_t d = 0; out_.dweight && d < head_.dim; ++d) {
-        dweight[v * dim() + d] += own * static_cast<float>(h[d * head_.hidden.column_stride]);
+        dweight.at(v)[d] += own * static_cast<float>(h[d * head_.hidden.column_stride]);
       }
     }
   }
@@ -282,7 +308,7 @@ class Backward {
   // Adds the targets' own entries to the panel's rows and rounds them once.
   void finish(Panel& panel, int64_t first, int64_t count) {
     at::parallel_for(0, panel.rows, 16, [&](int64_t begin, int64_t end) {
-      add_targets(panel, panel.dweight.get(), begin, end, first, count);
+      add_targets(panel, {panel.dweight.get(), dim()}, begin, end, first, count);
       for (int64_t v = begin; v < end; ++v) {
         float* row = panel.dweight.get() + v * dim();
         if (others_) {

@@ -54,54 +54,78 @@ inline void finish_token(float max, float sum, float weighted, float target_z, i
   }
 }
 
-// Vocabulary spans are independent tasks; each leaves one partial per token, merged in their order.
-// The weight is read where it lies, once per chunk of tokens, and is never packed.
+// Vocabulary columns of a task of `score_tokens`; a task leaves one partial per token.
+constexpr int64_t kSpan = 4 * kTileRows;
+
+// Merges the partials of the spans, in their order.
+template <typename T, typename In>
+void merge_spans(const Head<T, In>& head, const PackedTokens<T>& tokens, const Sums& partial,
+                 const float* target_z, const ForwardOut& out) {
+  const int64_t spans = (head.vocab + kSpan - 1) / kSpan, n = tokens.padded();
+  at::parallel_for(0, tokens.count, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float max = partial.max[t];
+      for (int64_t s = 1; s < spans; ++s) max = std::max(max, partial.max[s * n + t]);
+      double sum = 0, weighted = 0;
+      for (int64_t s = 0; s < spans; ++s) {
+        const float part = partial.max[s * n + t];
+        if (part == -std::numeric_limits<float>::infinity()) continue;
+        const double step = (double)part - max, scale = std::exp(step);
+        sum += scale * partial.sum[s * n + t];
+        if (out.entropy) {
+          weighted += scale * (partial.weighted[s * n + t] + step * partial.sum[s * n + t]);
+        }
+      }
+      const int64_t token = tokens.first + t;
+      finish_token(max, sum, weighted, target_z[token], head.index[token], out);
+    }
+  });
+}
+
+// Scores of packed tokens. Vocabulary spans are independent tasks. The weight is read where it lies
+// (else widened into `copies`) and never packed. A tile of logits goes where place(v, rows, b) says,
+// the targets taken out of it and into `target_z`.
+template <typename T, typename In, typename Place>
+void score_tokens(const Head<T, In>& head, const PackedTokens<T>& tokens,
+                  const std::vector<Buffer<T>>& copies, float* target_z, const ForwardOut& out,
+                  const Place& place) {
+  const int64_t spans = (head.vocab + kSpan - 1) / kSpan, n = tokens.padded(), block = tokens.block;
+  const bool entropy = out.entropy != nullptr;
+  Buffer<float> storage(spans * n * (entropy ? 3 : 2));
+  const Sums partial = empty_sums(storage, spans * n, entropy);
+  for_each_task(spans, kPairs<T>, [&](int64_t s) {
+    const int64_t end = std::min(head.vocab, (s + 1) * kSpan);
+    for (int64_t v = s * kSpan; v < end; v += kTileRows) {
+      const int64_t rows = std::min(kTileRows, end - v);
+      const auto weight = weight_tile(head, v, rows, copies[at::get_thread_num()].get());
+      for (int64_t b = 0; b < tokens.num_blocks(); ++b) {
+        float* z = place(v, rows, b);
+        logits_tile(head, tokens, b, weight, v, rows, z, nullptr, {target_z});
+        const Sums sums = partial.at(s * n + b * block);
+        online_sums({z, rows, block, block}, sums.max, sums.sum, sums.weighted);
+      }
+    }
+  });
+  merge_spans(head, tokens, partial, target_z, out);
+}
+
+template <typename T, typename In>
+std::vector<Buffer<T>> weight_copies(const Head<T, In>& head) {
+  return per_thread<T>(head.weight_in_place() ? 0 : kTileRows * head.padded_dim());
+}
+
 template <typename T, typename In>
 void forward_scores(const Head<T, In>& head, int64_t workspace, const ForwardOut& out) {
-  constexpr int64_t span = 4 * kTileRows;
-  const int64_t spans = (head.vocab + span - 1) / span, block = head.block_tokens();
-  const bool entropy = out.entropy != nullptr;
-  const int64_t per_token = head.padded_dim() * sizeof(T) + spans * (entropy ? 12 : 8);
+  const int64_t spans = (head.vocab + kSpan - 1) / kSpan;
+  const int64_t per_token = head.padded_dim() * sizeof(T) + spans * (out.entropy ? 12 : 8);
   const int64_t chunk = head.pass_tokens(per_token, workspace);
-  auto z = per_thread<float>(kTileRows * block);
-  auto copies = per_thread<T>(head.weight_in_place() ? 0 : kTileRows * head.padded_dim());
+  const auto z = per_thread<float>(kTileRows * head.block_tokens());
+  const auto copies = weight_copies(head);
   Buffer<float> target_z(head.num_tokens);
   for (int64_t first = 0; first < head.num_tokens; first += chunk) {
     const auto tokens = pack_tokens(head, first, std::min(chunk, head.num_tokens - first));
-    const int64_t n = tokens.padded();
-    Buffer<float> storage(spans * n * (entropy ? 3 : 2));
-    const Sums partial = empty_sums(storage, spans * n, entropy);
-    for_each_task(spans, kPairs<T>, [&](int64_t s) {
-      const int thread = at::get_thread_num();
-      const int64_t end = std::min(head.vocab, (s + 1) * span);
-      for (int64_t v = s * span; v < end; v += kTileRows) {
-        const int64_t rows = std::min(kTileRows, end - v);
-        const auto weight = weight_tile(head, v, rows, copies[thread].get());
-        for (int64_t b = 0; b < tokens.num_blocks(); ++b) {
-          logits_tile(head, tokens, b, weight, v, rows, z[thread].get(), nullptr, {target_z.get()});
-          const Sums sums = partial.at(s * n + b * block);
-          online_sums({z[thread].get(), rows, block, block}, sums.max, sums.sum, sums.weighted);
-        }
-      }
-    });
-    at::parallel_for(0, tokens.count, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        float max = partial.max[t];
-        for (int64_t s = 1; s < spans; ++s) max = std::max(max, partial.max[s * n + t]);
-        double sum = 0, weighted = 0;
-        for (int64_t s = 0; s < spans; ++s) {
-          const float part = partial.max[s * n + t];
-          if (part == -std::numeric_limits<float>::infinity()) continue;
-          const double step = (double)part - max, scale = std::exp(step);
-          sum += scale * partial.sum[s * n + t];
-          if (entropy) {
-            weighted += scale * (partial.weighted[s * n + t] + step * partial.sum[s * n + t]);
-          }
-        }
-        const int64_t token = first + t;
-        finish_token(max, sum, weighted, target_z[token], head.index[token], out);
-      }
-    });
+    score_tokens(head, tokens, copies, target_z.get(), out,
+                 [&](int64_t, int64_t, int64_t) { return z[at::get_thread_num()].get(); });
   }
 }
 

@@ -145,10 +145,10 @@ class GroupedBackward {
       const int64_t n = std::min(chunk, count - t);
       if (tokens.first != t || tokens.packed.count != n) tokens = part.load(t, n, out_.dweight);
       part.form(panel, tokens, panel.left_rows ? sums + t * panel.left_rows : nullptr);
-      if (out_.dweight) part.accumulate(panel, tokens, dweight, t == 0);
+      if (out_.dweight) part.accumulate(panel, tokens, {dweight, dim()}, t == 0);
     }
     at::parallel_for(0, panel.rows, kTaskRows, [&](int64_t begin, int64_t end) {
-      part.add_targets(panel, dweight, begin, end, 0, count);
+      part.add_targets(panel, {dweight, dim()}, begin, end, 0, count);
     });
     for (int64_t v = 0; bias && v < panel.rows; ++v) bias[panel.first + v] = panel.row_sums[v];
   }

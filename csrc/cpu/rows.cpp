@@ -101,6 +101,16 @@ BVPO_INLINE void transform_rows_body(Tile tile, Transform transform, int64_t fir
   }
 }
 
+BVPO_INLINE void softcap_slopes_body(Tile tile, Transform transform, float* slope) {
+  const float scale = transform.temperature / transform.softcap;
+  for (int64_t v = 0; v < tile.rows; ++v) {
+    for (int64_t t = v * tile.stride; t < v * tile.stride + tile.tokens; t += kLanes) {
+      const v16 tanh = max(load(tile.z + t) * scale, splat(-1.0f));
+      store(slope + t, 1.0f - tanh * tanh);
+    }
+  }
+}
+
 BVPO_INLINE void online_sums_body(Tile tile, float* max_t, float* sum_t, float* weighted_t) {
   for (int64_t t = 0; t < tile.tokens; t += kLanes) {
     const v16 old_max = load(max_t + t);
@@ -219,6 +229,8 @@ BVPO_INLINE void scale_columns_body(float* acc, int64_t rows, int64_t tokens, in
 
 BVPO_DISPATCH(transform_rows, (Tile tile, Transform transform, int64_t first_row, float* slope),
               (tile, transform, first_row, slope))
+BVPO_DISPATCH(softcap_slopes, (Tile tile, Transform transform, float* slope),
+              (tile, transform, slope))
 BVPO_DISPATCH(online_sums, (Tile tile, float* max_t, float* sum_t, float* weighted_t),
               (tile, max_t, sum_t, weighted_t))
 BVPO_DISPATCH(online_probabilities, (Tile tile, const float* slope, float* max_t, float* sum_t, float* weighted_t, float* rescale_t, Output out, Store store_as),

@@ -13,6 +13,13 @@ struct Transform {
   float temperature = 1.0f;
 
   bool identity() const { return bias == nullptr && softcap == 0.0f && temperature == 1.0f; }
+
+  // The softcap's derivative, 1 - tanh^2, where the transform gave z.
+  double slope(double z) const {
+    if (softcap == 0.0f) return 1.0;
+    const double tanh = z * temperature / softcap;
+    return 1.0 - tanh * tanh;
+  }
 };
 
 // A tile: `rows` vocabulary columns from `first_row` on, `tokens` (a multiple of 16) wide.
@@ -26,6 +33,9 @@ struct Tile {
 // Applies the transform in place. With a softcap, writes the derivative 1 - tanh^2 to `slope`
 // (same layout as z) unless it is null.
 void transform_rows(Tile tile, Transform transform, int64_t first_row, float* slope);
+
+// The softcap's derivatives of logits that the transform has passed; harmless where z = -inf.
+void softcap_slopes(Tile tile, Transform transform, float* slope);
 
 // Running maximum, sum of exp(z - max) and, unless null, sum of exp(z - max) (z - max) per token.
 // The target's entry must be -inf: it is kept out of the sums.

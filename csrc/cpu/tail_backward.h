@@ -19,12 +19,7 @@ struct TailIn {
 
 // A row's gradient with respect to its target's logit before temperature and softcap.
 inline float target_gradient(const BackwardIn& in, const Transform& transform, int64_t row) {
-  double slope = 1.0;
-  if (transform.softcap != 0.0f) {
-    const double z = (double)in.logprobs[row] + in.logsum[row] + in.max[row];
-    const double tanh = z * transform.temperature / transform.softcap;
-    slope -= tanh * tanh;
-  }
+  const double slope = transform.slope((double)in.logprobs[row] + in.logsum[row] + in.max[row]);
   return static_cast<float>(-std::expm1((double)in.logprobs[row]) * in.dlogprobs[row] * slope /
                             transform.temperature);
 }
