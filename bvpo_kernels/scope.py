@@ -24,7 +24,8 @@ class HeadStatistics(Protocol):
         self, inputs: Inputs, call: Call, owner: tuple[Any, Any]
     ) -> tuple[Tensor, Tensor] | None: ...
 
-    keeps_groups_apart: bool
+    @property
+    def keeps_groups_apart(self) -> bool: ...
 
     def no_pair_loss(self, batch: PackedBatch) -> str: ...
 

@@ -83,7 +83,7 @@ def test_a_factor_of_the_loss_is_divided_out():
 def test_pairs_as_replicates():
     """Two pairs of a group are measured apart `within`; else their sum, which takes tiles again."""
     lm, batch = model(), pack(units(2, traces=2))
-    with pytest.raises(ValueError, match="one_pass: .* groups with several pairs"):
+    with pytest.raises(ValueError, match=r"one_pass: .* groups with several pairs"):
         measure(lm, [batch])
     for within, one_pass in ((True, True), (False, None)):
         found, _ = _within(lm, batch, one_pass, within=within)

@@ -10,7 +10,7 @@ from test_logprobs import IMPLS
 from bvpo_kernels import bvpo_loss, linear_bvpo_loss, linear_logprobs, pack, segment_sum
 from bvpo_kernels.backends import one_pass
 from bvpo_kernels.backends.slopes import SLOPES
-from bvpo_kernels.call import Inputs, Need
+from bvpo_kernels.head.cost import HeadShape, one_pass_bytes
 from bvpo_kernels.losses import LOSSES
 
 PAIRS = tuple(SLOPES)
@@ -28,13 +28,9 @@ def impl(request):
 
 def least_workspace(case, impl, rows):
     """Room for the tiles and the logits of so few rows: many chunks."""
-    tensors = case.inputs()
-    batch, need = case.pack(), Need(True, "weight" in case.trained, False)
-    inputs = Inputs(
-        tensors["hidden"], tensors["weight"], batch.target_T, None, tensors.get("low"),
-        tensors.get("lora_b"),
-    )  # fmt: skip
-    return one_pass.workspace(inputs, need, impl, 2, rows)
+    shape = HeadShape(case.pack().num_tokens, case.dim, case.vocab, case.rank)
+    weight = "weight" in case.trained
+    return one_pass_bytes(shape, case.dtype, impl, weight=weight, tiles=2, rows=rows).total
 
 
 @pytest.mark.parametrize("loss", PAIRS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,21 +47,48 @@ class Objective:
         return segment_sum(self.policy(batch), batch.cu_seqlens)
 
     def loss(
-        self, scores_S: Tensor, micro: MicroBatch, alpha: float, pair_counts: Mapping[str, int],
+        self, micro: MicroBatch, alpha: float, pair_counts: Mapping[str, int],
         kl: Mapping[str, Tensor] | None, unit_counts: Mapping[str, int] | None = None,
     ) -> BVPOLoss:  # fmt: skip
+        """The loss of a micro-batch from its tokens, the head in one pass where that serves."""
+        batch = micro.batch.to(self.policy.device)
+        mixture = self._mixture(micro, alpha, pair_counts, kl)
+        # The loss on the sum over traces differentiates the scores once more.
+        one_pass = False if MARGINAL in batch.kinds else None
+        mixture |= {"unit_counts": unit_counts, "one_pass": one_pass}
+        return self._own(self.policy(batch, mixture=mixture), micro)
+
+    def loss_of(
+        self, scores_S: Tensor, micro: MicroBatch, alpha: float, pair_counts: Mapping[str, int],
+        kl: Mapping[str, Tensor] | None,
+    ) -> BVPOLoss:  # fmt: skip
+        """The same from scores that are at hand."""
+        mixture = self._mixture(micro, alpha, pair_counts, kl)
         batch = micro.batch.to(scores_S.device)
+        return self._own(bvpo_loss(scores_S, batch=batch, **mixture), micro)
+
+    def _mixture(
+        self, micro: MicroBatch, alpha: float, pair_counts: Mapping[str, int],
+        kl: Mapping[str, Tensor] | None,
+    ) -> dict[str, Any]:  # fmt: skip
         weights = {TRACE: alpha, EMPTY: 1.0 - alpha, MARGINAL: 0.0}
-        result = bvpo_loss(
-            scores_S, self._reference_scores(micro), batch, {k: weights[k] for k in batch.kinds},
-            loss=self.cfg.name, beta=self.cfg.beta, pair_counts=pair_counts,
-            unit_counts=unit_counts, kl=kl, **self.options,
-        )  # fmt: skip
-        if MARGINAL not in batch.kinds:
+        return {
+            "ref_scores_S": self._reference_scores(micro),
+            "alpha": {kind: weights[kind] for kind in micro.batch.kinds},
+            "loss": self.cfg.name,
+            "beta": self.cfg.beta,
+            "pair_counts": pair_counts,
+            "kl": kl,
+            **self.options,
+        }
+
+    @staticmethod
+    def _own(result: BVPOLoss, micro: MicroBatch) -> BVPOLoss:
+        """Without the metrics of kind "marginal": those of pairs say nothing of its loss."""
+        if MARGINAL not in micro.batch.kinds:
             return result
-        # Metrics of pairs say nothing of a loss on the sum over traces.
         own = {n: v for n, v in result.metrics.items() if not n.startswith(MARGINAL)}
-        return replace(result, metrics=own)
+        return result._replace(metrics=own)
 
     def marginal(self, scores_S: Tensor, micro: MicroBatch) -> MarginalLoss:
         """The loss on the sum over traces, of a micro-batch whose units have extra ones."""
@@ -159,5 +186,5 @@ def evaluate(
     kl, metrics = objective.kl_of_scores(scored), MetricSum()
     for scores_S, micro in scored:
         if not micro.is_filler:
-            metrics.add(objective.loss(scores_S, micro, alpha, step.pair_counts, kl))
+            metrics.add(objective.loss_of(scores_S, micro, alpha, step.pair_counts, kl))
     return metrics.result(world)

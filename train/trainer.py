@@ -263,8 +263,7 @@ class Trainer:
                 synchronise(self.policy, last or self.cfg.parallel.sync_every_micro_batch)
                 with self._measured(micro) as scale:
                     with watch("forward"):
-                        scores_S = self.objective.scores(micro)
-                        loss = self._loss(scores_S, micro, alpha, data, kl, found)
+                        loss = self._loss(micro, alpha, data, kl, found)
                     if scale is not None and found.ess is not None:
                         scale.scale({MARGINAL: UNTRAINED / data.unit_counts[MARGINAL]})
                     with watch("backward"):
@@ -284,7 +283,6 @@ class Trainer:
 
     def _loss(
         self,
-        scores_S: Tensor,
         micro: MicroBatch,
         alpha: float,
         data: Step,
@@ -293,14 +291,14 @@ class Trainer:
     ) -> Tensor:
         """What a micro-batch adds to the loss of the step; what is wrong with it is found."""
         if micro.is_filler:
-            return 0.0 * scores_S.sum()
-        found.problems += _non_finite_scores(scores_S, micro)
-        result = self.objective.loss(scores_S, micro, alpha, data.pair_counts, kl, data.unit_counts)
+            return 0.0 * self.objective.scores(micro).sum()
+        result = self.objective.loss(micro, alpha, data.pair_counts, kl, data.unit_counts)
+        found.problems += _non_finite_scores(result.scores_S, micro)
         found.metrics.add(result)
         found.problems += _non_finite_loss(result, micro)
         if found.ess is None:
             return result.loss
-        marginal = self.objective.marginal(scores_S, micro)
+        marginal = self.objective.marginal(result.scores_S, micro)
         found.ess |= marginal.ess
         return result.loss + UNTRAINED / data.unit_counts[MARGINAL] * marginal.total
 

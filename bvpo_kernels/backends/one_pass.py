@@ -147,19 +147,15 @@ def num_tiles(pairs: int, asked: Asked | None = None) -> int:
     return pairs if asked is not None and asked.plan.exact else min(pairs, 2)
 
 
-def tile_bytes(inputs: Inputs, need: Need) -> int:
-    """Of the sums of the rows of [W, B] that are trained."""
-    lora_b_VR = inputs.lora_b_VR
+def tile_bytes(vocab: int, width: int, dtype: torch.dtype) -> int:
+    """Of the sums of `width` trained columns of the rows of [W, B]."""
+    return vocab * width * accumulate_dtype(dtype).itemsize
+
+
+def trained_width(inputs: Inputs, need: Need) -> int:
+    """Columns of the rows of [W, B] whose gradient is wanted."""
     width = inputs.weight_VD.shape[1] if need.weight else 0
-    width += 0 if lora_b_VR is None else lora_b_VR.shape[1]
-    return len(inputs.weight_VD) * width * accumulate_dtype(inputs.weight_VD.dtype).itemsize
-
-
-def workspace(inputs: Inputs, need: Need, impl: str, tiles: int, rows: int | None = None) -> int:
-    """Bytes of the tiles and of the logits of a chunk of rows; None: as many as pay."""
-    most = inputs.target_T.shape[0]
-    rows = min(DEFAULT_ROWS[impl] if rows is None else rows, max(most, 1))
-    return tiles * tile_bytes(inputs, need) + rows * LOGIT_BYTES[impl] * len(inputs.weight_VD)
+    return width + (0 if inputs.lora_b_VR is None else inputs.lora_b_VR.shape[1])
 
 
 def spread(values_S: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -267,9 +263,7 @@ def run(
 
 def _tiles(inputs: Inputs, count: int, need: Need, keeper: Keeper | None) -> Tensor:
     """Room for the sums of pairs, [K, V, E]."""
-    weight_VD, lora_b_VR = inputs.weight_VD, inputs.lora_b_VR
-    width = weight_VD.shape[1] if need.weight else 0
-    width += 0 if lora_b_VR is None else lora_b_VR.shape[1]
+    weight_VD, width = inputs.weight_VD, trained_width(inputs, need)
     apart = keeper is not None and keeper.exact
     num_tiles = 0 if width == 0 else (count if apart else min(count, 2))
     acc = accumulate_dtype(weight_VD.dtype)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bvpo_kernels import ops, scope
+from bvpo_kernels import checks, ops, scope
 from bvpo_kernels.backends import one_pass as schedule
 from bvpo_kernels.backends.slopes import SLOPES
 from bvpo_kernels.call import Call, Inputs, Need, Pairs, accumulate_dtype
 from bvpo_kernels.head.api import linear_logprobs, prepare, workspace_for
+from bvpo_kernels.head.cost import HeadShape, one_pass_bytes
 from bvpo_kernels.losses import LOSSES, bvpo_loss
-from bvpo_kernels.losses.mixture import check_loss, kind_weights, report
+from bvpo_kernels.losses.mixture import KindWeight, check_loss, kind_weights, report
 from bvpo_kernels.ops.packing import choose_sum
 from bvpo_kernels.types import IGNORE_INDEX, BVPOLoss, PackedBatch
 
@@ -66,20 +68,34 @@ def _workspace(
     """Bytes that the pass may take, and why they are too few; '' where they are not."""
     apart = scope.active is not None and scope.active.keeps_groups_apart
     tiles = batch.num_pairs if apart else min(batch.num_pairs, 2)
-    need = _need(inputs)
+    vocab, dim = inputs.weight_VD.shape
+    rank = 0 if inputs.lora_b_VR is None else inputs.lora_b_VR.shape[1]
+    shape = HeadShape(inputs.target_T.shape[0], dim, vocab, rank)
+    options: Any = {"weight": _need(inputs).weight, "tiles": tiles}
+    bytes_of = partial(one_pass_bytes, shape, inputs.hidden_TD.dtype, call.impl, **options)
     if given is None and tiles <= schedule.MOST_TILES:
-        return schedule.workspace(inputs, need, call.impl, tiles), ""
-    least = schedule.workspace(inputs, need, call.impl, tiles, schedule.LEAST_ROWS)
+        return bytes_of().total, ""
     if given is None:
         return 0, f"{tiles} groups are measured, by default {schedule.MOST_TILES} at most"
-    short = f"workspace_bytes: expected at least {least}, got {given}"
-    return given, short if given < least else ""
+    least = bytes_of(rows=schedule.LEAST_ROWS).total
+    return (
+        given,
+        f"workspace_bytes: expected at least {least}, got {given}" if given < least else "",
+    )
 
 
 def _pairs(
-    batch: PackedBatch, loss: str, beta: float, options: Mapping[str, float],
-    ref_scores_S: Tensor | None, weight_P: Tensor, dtype: torch.dtype,
-) -> Pairs:  # fmt: skip
+    batch: PackedBatch,
+    objective: tuple[str, float, Mapping[str, float]],
+    ref_scores_S: Tensor | None,
+    weights: Mapping[str, KindWeight],
+    dtype: torch.dtype,
+) -> Pairs:
+    """objective: name of the loss, beta, options."""
+    loss, beta, options = objective
+    weight_P = torch.zeros_like(batch.pair_group_P, dtype=torch.float64)
+    for kind in weights.values():
+        weight_P = torch.where(kind.mask_P, kind.by_pair, weight_P)
     host, device = batch.on_host, weight_P.device
     assert host is not None
     edges = host.cu_seqlens.to(torch.int64)
@@ -87,6 +103,8 @@ def _pairs(
     sign_S[1::2] = -1
     if LOSSES[loss].lengths:
         sign_S = sign_S / batch.scored_lengths_S
+    if ref_scores_S is not None:
+        checks.vector_like(sign_S, "ref_scores_S", ref_scores_S, checks.SCORE_DTYPES)
     if ref_scores_S is None or not LOSSES[loss].reference:
         ref_scores_S = sign_S.new_zeros(sign_S.shape)
     return Pairs(
@@ -176,42 +194,47 @@ def linear_bvpo_loss(
 
     Source: DESIGN.md, "LM-head schedules"; arXiv 2510.05095 (BVPO).
     """
-    head = {"bias": bias, "lora": lora, "temperature": temperature, "softcap": softcap,
-            "ignore_index": ignore_index, "tail_tolerance": tail_tolerance}  # fmt: skip
+    check_loss(loss, loss_options, ref_scores_S, kl)
     mixture: dict[str, Any] = {
         "loss": loss, "beta": beta, "pair_counts": pair_counts, "unit_counts": unit_counts,
         "kl": kl, **loss_options,
     }  # fmt: skip
-    check_loss(loss, loss_options, ref_scores_S, kl)
-    inputs = Inputs(hidden, weight, batch.target_T, bias, *(lora or (None, None)))
-    workspace = workspace_for(hidden, workspace_bytes)
-    call = Call(
-        temperature, softcap, ignore_index, workspace, batch.num_scored, tail_tolerance, False, impl
+    given = Inputs(hidden, weight, batch.target_T, bias, *(lora or (None, None)))
+    bound = workspace_for(hidden, workspace_bytes)
+    asked = Call(
+        temperature, softcap, ignore_index, bound, batch.num_scored, tail_tolerance, False, impl
     )
-    inputs, call, sharded = prepare(inputs, call)
+    inputs, call, sharded = prepare(given, asked)
     why = "it was not asked for"
     if one_pass is not False:
         why = _unserved(inputs, call, sharded, loss, batch)
     if not why:
-        workspace, why = _workspace(inputs, call, workspace_bytes, batch)
+        bound, why = _workspace(inputs, call, workspace_bytes, batch)
+    if why and one_pass:
+        raise ValueError(f"one_pass: expected a call that one pass serves, got {why}")
     if why:
-        if one_pass:
-            raise ValueError(f"one_pass: expected a call that one pass serves, got {why}")
-        logprobs_T = linear_logprobs(
-            hidden, weight, batch.target_T, **head, workspace_bytes=workspace_bytes,
-            max_scored=batch.num_scored, impl=impl,
-        )  # fmt: skip
-        scores_S = ops.segment_sum(
-            logprobs_T, batch.cu_seqlens, choose_sum("auto", hidden.device.type)
-        )
+        scores_S = _scores_by_tiles(given, asked, batch)
         return bvpo_loss(scores_S, ref_scores_S, batch, alpha, **mixture)
     weights = kind_weights(batch, alpha, inputs.hidden_TD.device, pair_counts, unit_counts)
-    weight_P = sum(torch.where(w.mask_P, w.by_pair, 0) for w in weights.values())
     dtype = accumulate_dtype(inputs.hidden_TD.dtype)
-    pairs = _pairs(batch, loss, beta, loss_options, ref_scores_S, weight_P, dtype)
-    call = call._replace(workspace_bytes=workspace)
+    pairs = _pairs(batch, (loss, beta, loss_options), ref_scores_S, weights, dtype)
+    call = call._replace(workspace_bytes=bound)
     carrier, scores_S = _scores(_Request(inputs, call, _need(inputs), pairs, (weight, bias)))
     with torch.no_grad():
         result = bvpo_loss(scores_S, ref_scores_S, batch, alpha, **mixture)
     report(weights, pair_counts is None or unit_counts is not None)
     return result._replace(loss=result.loss + carrier, one_pass=True)
+
+
+def _scores_by_tiles(inputs: Inputs, call: Call, batch: PackedBatch) -> Tensor:
+    """Of the segments, differentiable."""
+    hidden, weight, target, bias, low, lora_b = inputs
+    logprobs_T = linear_logprobs(
+        hidden, weight, target, bias=bias,
+        lora=None if low is None or lora_b is None else (low, lora_b),
+        temperature=call.temperature, softcap=call.softcap, ignore_index=call.ignore_index,
+        tail_tolerance=call.tail_tolerance, workspace_bytes=call.workspace_bytes,
+        max_scored=call.max_scored, impl=call.impl,
+    )  # fmt: skip
+    chosen = choose_sum("auto", logprobs_T.device.type)
+    return ops.segment_sum(logprobs_T, batch.cu_seqlens, chosen)

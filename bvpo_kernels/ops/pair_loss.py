@@ -60,8 +60,9 @@ def _run(
     factor_T, scale_P = one_pass.factor_tokens(pairs, inputs.target_T.shape[0])
     count = len(pairs.scored_P)
     with torch.autocast(inputs.hidden_TD.device.type, enabled=False):
-        tiles = one_pass.num_tiles(count, asked) * one_pass.tile_bytes(inputs, need)
-        room = call.workspace_bytes - tiles
+        width, weight_VD = one_pass.trained_width(inputs, need), inputs.weight_VD
+        tile = one_pass.tile_bytes(len(weight_VD), width, weight_VD.dtype)
+        room = call.workspace_bytes - one_pass.num_tiles(count, asked) * tile
         keeper = None if asked is None else Keeper(inputs, count, need, asked)
         former: Former
         if call.impl == "cpp":
@@ -84,7 +85,7 @@ def _pair_loss_fake(*args: Any) -> tuple[Tensor, ...]:
     hidden, weight_VD = inputs.hidden_TD, inputs.weight_VD
     vocab, dim = weight_VD.shape
     rank = 0 if inputs.lora_b_VR is None else inputs.lora_b_VR.shape[1]
-    width = (dim if need.weight else 0) + rank
+    width = one_pass.trained_width(inputs, need)
     acc = accumulate_dtype(hidden.dtype)
 
     def new(*shape: Any) -> Tensor:

@@ -65,9 +65,9 @@ def test_advice_is_judged_from_the_configuration(tmp_path):
 def test_a_run_ends_with_advice(tmp_path):
     trainer = make_trainer(make_cfg(tmp_path), make_units(4))
 
-    def scores(_):
+    def loss(*_):
         torch.empty(2**60, dtype=torch.uint8)
 
-    trainer.objective.scores = scores
+    trainer.objective.loss = loss
     with pytest.raises(StepDoesNotFit, match=r"train\.tokens_per_micro_batch below 160"):
         trainer.run()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bvpo_kernels.head import linear_logprobs
+from bvpo_kernels.head import linear_bvpo_loss, linear_logprobs
 from bvpo_kernels.integrations.dropout import disable_dropout, dropout_fields
 from bvpo_kernels.integrations.lm_head import call_with_hooks, read_head
 from bvpo_kernels.integrations.logit_transform import (
@@ -23,7 +24,7 @@ from bvpo_kernels.integrations.logit_transform import (
     text_decoder,
 )
 from bvpo_kernels.packing import pack
-from bvpo_kernels.types import IGNORE_INDEX, TRACE, PackedBatch, TokenPair, Unit
+from bvpo_kernels.types import IGNORE_INDEX, TRACE, BVPOLoss, PackedBatch, TokenPair, Unit
 from train.config import ModelConfig, RunConfig
 from train.model import adapters, attention, loading
 from train.model.attention_choice import choose
@@ -80,11 +81,18 @@ class FusedHeadLM(nn.Module):
         """Where it runs; parameters that are offloaded rest on the host."""
         return self.model.device if self.run_device is None else self.run_device
 
-    def forward(self, batch: PackedBatch, autocast: bool = True) -> Tensor:
-        """Log-probabilities [T] in nats, fp32 (fp64 for fp64 models); 0 where nothing is scored."""
+    def forward(
+        self, batch: PackedBatch, autocast: bool = True, mixture: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Log-probabilities [T] in nats, fp32 (fp64 for fp64 models); 0 where nothing is scored.
+
+        With `mixture`, the arguments of `linear_bvpo_loss` behind the batch by their names, its
+        result.
+        """
+        head = self._head_logprobs if mixture is None else partial(self._head_loss, mixture)
         with self._autocast() if autocast else nullcontext():
             return call_with_hooks(
-                self.model.get_output_embeddings(), self._head_logprobs, self.hidden(batch), batch
+                self.model.get_output_embeddings(), head, self.hidden(batch), batch
             )
 
     def _autocast(self) -> torch.autocast:
@@ -104,14 +112,27 @@ class FusedHeadLM(nn.Module):
         return hidden_1TD[0]
 
     def _head_logprobs(self, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
+        return linear_logprobs(
+            target=batch.target_T, max_scored=batch.num_scored, **self._head_call(hidden_TD)
+        )
+
+    def _head_loss(
+        self, mixture: Mapping[str, Any], hidden_TD: Tensor, batch: PackedBatch
+    ) -> BVPOLoss:
+        return linear_bvpo_loss(batch=batch, **self._head_call(hidden_TD), **mixture)
+
+    def _head_call(self, hidden_TD: Tensor) -> dict[str, Any]:
+        """The head and what it is asked for, by the names of both functions' arguments."""
         head = read_head(self.model.get_output_embeddings(), type(self.model).__name__)
         head = head.first_rows(self.transform.vocab)
-        return linear_logprobs(
-            target=batch.target_T, **head.inputs(hidden_TD), impl=self.impl,
-            temperature=self.transform.temperature, softcap=self.transform.softcap,
-            workspace_bytes=self.workspace_bytes, max_scored=batch.num_scored,
-            tail_tolerance=self.tail_tolerance,
-        )  # fmt: skip
+        return {
+            **head.inputs(hidden_TD),
+            "impl": self.impl,
+            "temperature": self.transform.temperature,
+            "softcap": self.transform.softcap,
+            "workspace_bytes": self.workspace_bytes,
+            "tail_tolerance": self.tail_tolerance,
+        }
 
     def choose_attention(self, names: Sequence[str]) -> str:
         """`attention_choice.choose` among `names` for this model; why some were passed over."""

@@ -10,13 +10,14 @@ import torch
 from transformers import PretrainedConfig
 
 from bvpo_kernels.backends.eager.grad_stats import scratch_bytes
-from bvpo_kernels.head.cost import HeadShape, default_workspace, scored_flops, trained_flops
+from bvpo_kernels.head.cost import HeadShape, scored_flops
 from train.config import RunConfig
 from train.model.adapters import check
 from train.model.attention import AUTO
 from train.model.models import attention_of
 from train.online import needs_copy, scores_steps
 from train.sizing.config import EstimationConfig
+from train.sizing.head_schedule import HeadSchedule, head_schedule
 from train.sizing.trace import (
     QUADRATIC,
     Activations,
@@ -162,7 +163,9 @@ def _memory(
     )  # fmt: skip
 
 
-def _compute(cfg: RunConfig, size: Sizes, segments: int, micro_batches: int) -> Compute:
+def _compute(
+    cfg: RunConfig, size: Sizes, segments: int, micro_batches: int, head: HeadSchedule
+) -> Compute:
     tokens, recomputed = cfg.train.tokens_per_micro_batch, size.recomputed / size.layers
     again = recomputed * size.matrices - size.recomputed * size.closing
     # Pairs of tokens: eager and sdpa go through the whole row and its mask, a flash attention with
@@ -175,10 +178,6 @@ def _compute(cfg: RunConfig, size: Sizes, segments: int, micro_batches: int) -> 
     vocab, dim = size.head
     shape = HeadShape(tokens, dim, vocab, size.head_rank)
     product, scores = 2 * tokens * vocab * dim, scored_flops(shape)
-    assert cfg.train.head_workspace_mib is not None, "resolved by `estimate`"
-    dtype = getattr(torch, cfg.model.compute_dtype)
-    workspace = cfg.train.head_workspace_mib * 2**20
-    head = trained_flops(shape, dtype, workspace, weight=size.head_trained)
     linear, weights = 2 * size.matrices * tokens, 2 * size.trained_matrices * tokens
     scored = linear + forward + scores
     if cfg.reference == "adapter_off":
@@ -188,7 +187,7 @@ def _compute(cfg: RunConfig, size: Sizes, segments: int, micro_batches: int) -> 
         decoder=micro_batches * (2 * linear + weights),
         recomputation=micro_batches * 2 * tokens * again,
         attention=micro_batches * forward * (1 + backward + recomputed),
-        head=micro_batches * head,
+        head=micro_batches * head.flops,
         reference=micro_batches * scored if scores_steps(cfg) else 0.0,
         model=micro_batches
         * (
@@ -225,9 +224,6 @@ def estimate(
     """
     check(cfg)
     cfg = with_attention(cfg)
-    if cfg.train.head_workspace_mib is None:
-        mib = default_workspace(device) // 2**20
-        cfg = replace(cfg, train=replace(cfg.train, head_workspace_mib=mib))
     _shards(cfg, gpus)
     if segments < 1:
         raise ValueError(f"segments: expected a number >= 1, got {segments}")
@@ -235,13 +231,16 @@ def estimate(
     micro_batches = count_micro_batches(cfg, gpus, segments)
     with fake_policy(config, cfg, gpus > 1) as policy:
         size = sizes(policy, cfg.train.checkpoint_layers)
-        used = trace(policy, cfg, gpus > 1)
+        # A unit's pair of each kind is a group of two segments.
+        groups = -(-segments // 2)
+        vocab, dim = size.head
+        shape = HeadShape(cfg.train.tokens_per_micro_batch, dim, vocab, size.head_rank)
+        head = head_schedule(cfg, shape, groups, device, weight=size.head_trained)
+        used = trace(policy, cfg, gpus > 1, head)
         matrices = sum(p.ndim > 1 and p.requires_grad for p in policy.parameters())
-    # A unit's pair of each kind is a group of two segments.
-    groups = -(-segments // 2)
     statistics = _statistics(cfg, size, groups, micro_batches, matrices, device)
     memory = _memory(cfg, size, used, gpus, micro_batches, statistics)
-    return Estimate(size, memory, _compute(cfg, size, segments, micro_batches), micro_batches)
+    return Estimate(size, memory, _compute(cfg, size, segments, micro_batches, head), micro_batches)
 
 
 # What a user can turn: section, field and the value that takes least memory.

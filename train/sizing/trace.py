@@ -25,6 +25,7 @@ from train.model.adapters import is_adapter, wrapped
 from train.model.head import FusedHeadLM, workspace_bytes
 from train.model.models import readable_errors, resolve
 from train.runtime.parallel import checkpoint_activations, decoder_layers
+from train.sizing.head_schedule import HeadSchedule
 
 # Configurations that need neither a download nor a folder; each file says where it is from.
 ARCHITECTURES: Mapping[str, str] = {
@@ -100,10 +101,10 @@ class Activations:
 class _Watch(TorchDispatchMode):
     """Adds up the storages that operators return until they are freed."""
 
-    def __init__(self, known: Sequence[Tensor], workspace: int) -> None:
+    def __init__(self, known: Sequence[Tensor], head: HeadSchedule) -> None:
         super().__init__()
         self.live, self.peak, self.where = 0, 0, DECODER
-        self._workspace = workspace
+        self._head = head
         self._storages: Any = WeakIdKeyDictionary()
         for tensor in known:
             self._storages[tensor.untyped_storage()] = None
@@ -115,7 +116,9 @@ class _Watch(TorchDispatchMode):
                 self._add(tensor.untyped_storage())
         # The fakes of the head's operators make the results alone.
         head = func.namespace == "bvpo" and "logprobs" in func._opname
-        self.note(self._workspace if head else 0, HEAD if head else DECODER)
+        backward = head and "backward" in func._opname
+        workspace = self._head.backward if backward else self._head.forward
+        self.note(workspace if head else 0, HEAD if head else DECODER)
         return result
 
     def note(self, extra: int, where: str) -> None:
@@ -280,15 +283,16 @@ def _drop_gradients(
             parameter.register_post_accumulate_grad_hook(take)
 
 
-def trace(policy: FusedHeadLM, cfg: RunConfig, sharded: bool) -> Activations:
+def trace(policy: FusedHeadLM, cfg: RunConfig, sharded: bool, head: HeadSchedule) -> Activations:
     """Run a micro-batch of `train.tokens_per_micro_batch` tokens; inside `fake_policy`.
+
+    The head is traced as `linear_logprobs`: one pass has its results, but earlier.
 
     Raises:
         ValueError: for a model whose control flow depends on values.
     """
     tokens = cfg.train.tokens_per_micro_batch
-    lists = 2 if cfg.train.tail_tolerance > 0 else 1
-    watch = _Watch([*policy.parameters(), *policy.buffers()], lists * policy.workspace_bytes)  # type: ignore
+    watch = _Watch([*policy.parameters(), *policy.buffers()], head)
     reduce_dtype = getattr(torch, cfg.parallel.reduce_dtype)
     _drop_gradients(policy, sharded, reduce_dtype.itemsize, watch)
     ids_T = torch.zeros(tokens, dtype=torch.long)

@@ -167,8 +167,7 @@ class ArmTrainer:
         kl = self.objective.kl(data.micro_batches)
         for micro in data.micro_batches:
             with self._measured(micro.batch):
-                scores_S = self.objective.scores(micro)
-                result = self.objective.loss(scores_S, micro, weight, data.pair_counts, kl)
+                result = self.objective.loss(micro, weight, data.pair_counts, kl)
                 result.loss.backward()
             metrics.add(result)
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_norm)

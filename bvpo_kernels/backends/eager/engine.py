@@ -292,9 +292,9 @@ class TorchEngine:
             part = mm(left, right)
             total.add_(part) if add else total.copy_(part)
             return
-        for part in ranges(left.shape[1], CPU_STRETCH):
-            beta = 1 if add or part.start else 0
-            torch.addmm(total, left[:, part], right[part], beta=beta, out=total)
+        for stretch in ranges(left.shape[1], CPU_STRETCH):
+            beta = 1 if add or stretch.start else 0
+            torch.addmm(total, left[:, stretch], right[stretch], beta=beta, out=total)
 
     def column_sums(self, dz: Tensor, tokens: slice) -> Tensor:
         return dz.sum(0)
