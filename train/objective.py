@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bvpo_kernels.head import linear_bvpo_loss
 from bvpo_kernels.losses import LOSSES, bvpo_loss
 from bvpo_kernels.mixing import MARGINAL
 from bvpo_kernels.packing import segment_sum
@@ -56,7 +58,7 @@ class Objective:
         # The loss on the sum over traces differentiates the scores once more.
         one_pass = False if MARGINAL in batch.kinds else None
         mixture |= {"unit_counts": unit_counts, "one_pass": one_pass}
-        return self._own(self.policy(batch, mixture=mixture), micro)
+        return self._own(self.policy(batch, loss=partial(linear_bvpo_loss, **mixture)), micro)
 
     def loss_of(
         self, scores_S: Tensor, micro: MicroBatch, alpha: float, pair_counts: Mapping[str, int],

@@ -75,7 +75,7 @@ def _run(
     return (loss, *formed), measured
 
 
-def _pair_loss(*args: Any) -> tuple[Tensor, ...]:
+def run_pairs(*args: Any) -> tuple[Tensor, ...]:
     inputs, call, pairs, need = cut(args, Inputs, Call, Pairs, Need)
     return _run(inputs, call, pairs, need, None)[0]
 
@@ -104,7 +104,7 @@ def _pair_loss_fake(*args: Any) -> tuple[Tensor, ...]:
 _FORMED = "Tensor loss, Tensor scores, Tensor slope, Tensor unit, Tensor total, Tensor dbias"
 linear_pair_loss = define(
     f"linear_pair_loss({INPUTS}, {CALL}, {PAIRS}, {NEED}) -> ({_FORMED})",
-    _pair_loss,
+    run_pairs,
     _pair_loss_fake,
 )
 

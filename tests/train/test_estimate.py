@@ -9,7 +9,10 @@ from tiny_runs import VOCAB, make_cfg, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Qwen3Config
 
+from bvpo_kernels import ops
 from bvpo_kernels.call import Call, Inputs, Kept, Need
+from bvpo_kernels.head import linear_bvpo_loss
+from bvpo_kernels.ops import pair_loss
 from bvpo_kernels.ops.head import SERVING
 from bvpo_kernels.packing import pack
 from bvpo_kernels.types import EMPTY, TRACE, TokenPair, Unit
@@ -199,7 +202,7 @@ def test_decoder_flops_are_those_that_torch_counts(tmp_path, attention, checkpoi
 def test_head_flops_are_those_that_torch_counts(tmp_path, head_workspace_mib):
     """In bf16, whose dH needs an accumulator: 8 TVD, and 10 where that is beyond the workspace."""
     cfg = plan(tmp_path, 4096, None, "sdpa", "bfloat16")
-    cfg.train.head_workspace_mib = head_workspace_mib
+    cfg.train.head_workspace_mib, cfg.loss.name = head_workspace_mib, "kto"
     config = tiny_model(**WIDE).config
     compute = estimate(cfg, 1, config=config).compute
     hidden, weight = torch.randn(4096, 64).bfloat16(), torch.randn(VOCAB, 64).bfloat16()
@@ -217,6 +220,30 @@ def test_head_flops_are_those_that_torch_counts(tmp_path, head_workspace_mib):
         need = Need(hidden=True, weight=True, bias=False)
         SERVING["eager"].backward(torch.ones(4096), inputs, Kept(*kept), call, need)
     assert compute.head == counter.get_total_flops()
+
+
+def test_one_pass_takes_six_products(tmp_path, monkeypatch):
+    """As many as torch counts, and the memory that the head says it takes."""
+    cfg = plan(tmp_path, 512, None, "sdpa", "bfloat16")
+    config = tiny_model(**WIDE).config
+    cfg.train.head_workspace_mib = None
+    result = estimate(cfg, 1, config=config)
+    cfg.loss.name = "kto"
+    again = estimate(cfg, 1, config=config)
+    batch = pack([one_unit(512)])
+    hidden = torch.randn(512, 64).bfloat16().requires_grad_()
+    weight = torch.randn(VOCAB, 64).bfloat16().requires_grad_()
+    all_T = torch.zeros_like(batch.target_T)  # every row scored, as the estimate has it
+    lengths_S = torch.full_like(batch.scored_lengths_S, 128)
+    batch = replace(batch, target_T=all_T, scored_lengths_S=lengths_S, num_scored=512)
+    asked: list = []
+    run = ops.linear_pair_loss
+    monkeypatch.setattr(ops, "linear_pair_loss", lambda *args: asked.append(args) or run(*args))
+    linear_bvpo_loss(hidden, weight, batch, torch.zeros(4), 0.5, impl="eager", one_pass=True)
+    with FlopCounterMode(display=False) as counter:  # does not look into operators
+        pair_loss.run_pairs(*asked[0])
+    assert result.compute.head == counter.get_total_flops()
+    assert again.compute.head == result.compute.head * 8 / 6
 
 
 def test_checkpointing_and_flash_attention_lower_what_is_kept(tmp_path):
@@ -305,7 +332,7 @@ def test_the_command(tmp_path, capsys):
     assert "on 2 GPUs" in printed
     assert "4 per rank and step" in printed
     assert "does not fit" not in printed
-    cfg.gpu_memory = 1e-3
+    cfg.gpu_memory = 1e-4
     run(cfg)
     assert "does not fit" in capsys.readouterr().out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bvpo_kernels.head import linear_bvpo_loss, linear_logprobs
+from bvpo_kernels.head import linear_logprobs
 from bvpo_kernels.integrations.dropout import disable_dropout, dropout_fields
 from bvpo_kernels.integrations.lm_head import call_with_hooks, read_head
 from bvpo_kernels.integrations.logit_transform import (
@@ -82,14 +82,14 @@ class FusedHeadLM(nn.Module):
         return self.model.device if self.run_device is None else self.run_device
 
     def forward(
-        self, batch: PackedBatch, autocast: bool = True, mixture: Mapping[str, Any] | None = None
+        self, batch: PackedBatch, autocast: bool = True, loss: Callable[..., Any] | None = None
     ) -> Any:
         """Log-probabilities [T] in nats, fp32 (fp64 for fp64 models); 0 where nothing is scored.
 
-        With `mixture`, the arguments of `linear_bvpo_loss` behind the batch by their names, its
-        result.
+        With `loss`, `linear_bvpo_loss` of all arguments but the head's, its result. (A callable:
+        FSDP2 casts the tensors that it finds among a forward's arguments.)
         """
-        head = self._head_logprobs if mixture is None else partial(self._head_loss, mixture)
+        head = self._head_logprobs if loss is None else partial(self._head_loss, loss)
         with self._autocast() if autocast else nullcontext():
             return call_with_hooks(
                 self.model.get_output_embeddings(), head, self.hidden(batch), batch
@@ -117,9 +117,9 @@ class FusedHeadLM(nn.Module):
         )
 
     def _head_loss(
-        self, mixture: Mapping[str, Any], hidden_TD: Tensor, batch: PackedBatch
+        self, loss: Callable[..., BVPOLoss], hidden_TD: Tensor, batch: PackedBatch
     ) -> BVPOLoss:
-        return linear_bvpo_loss(batch=batch, **self._head_call(hidden_TD), **mixture)
+        return loss(batch=batch, **self._head_call(hidden_TD))
 
     def _head_call(self, hidden_TD: Tensor) -> dict[str, Any]:
         """The head and what it is asked for, by the names of both functions' arguments."""
