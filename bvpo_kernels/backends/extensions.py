@@ -33,7 +33,8 @@ for _schema in (
     "int num_kinds, Tensor? rows, Tensor? left) -> (Tensor dhidden, Tensor dweight, "
     "Tensor dbias, Tensor gram, Tensor kinds, Tensor rows, Tensor sketched)",
     # fp32 and bf16.
-    "cpu_pair_reduce(Tensor tiles, Tensor(a!) total) -> Tensor gram",
+    "cpu_pair_reduce(Tensor tiles, Tensor(a!) total, Tensor? weights=None, bool add=False) -> "
+    "Tensor gram",
     "cpu_norm_sums(Tensor dy, Tensor x, Tensor ranges, float eps, bool centered, "
     "bool need_weight, bool need_bias) -> (Tensor, Tensor)",
     "cuda_pair_reduce(Tensor tiles, Tensor? weights, Tensor(a!) total, bool add, "

@@ -48,8 +48,9 @@ def pair_reduce(
     tiles_KRD = tiles_KRD.to(accumulate_dtype(tiles_KRD.dtype))
     weighted_KRD = tiles_KRD if weights_K is None else weights_K[:, None, None] * tiles_KRD
     sum_RD = weighted_KRD.sum(0)
+    gram = inner_products(tiles_KRD, tiles_KRD)  # first: the total may be tiles_KRD[0]
     total_RD.copy_(sum_RD + total_RD if add else sum_RD)
-    return inner_products(tiles_KRD, tiles_KRD)
+    return gram
 
 
 def signs(size: int, k: int, seed: Tensor, layer: int, side: int, like: Tensor) -> Tensor:
