@@ -2,9 +2,9 @@
 
 Builds csrc/cuda, runs the tests marked `gpu`, measures what this GPU can do at most (copy
 bandwidth, bf16 matmul), then pair_reduce, the head's row kernels, the certified sparse backward, a
-step of SmolLM2-135M (random weights) with gradient statistics, and the LM head at T = 8192 and 32
-768, V = 151 936, D = 4096, 3584 and 1536 (scores only, frozen, trained), beside the peers that are
-installed. Takes at most `--minutes`: cases that are not begun by then are named, and left out.
+step of SmolLM2-135M (random weights) with gradient statistics, and the LM head at T = 8192 and
+32 768, V = 151 936, D = 4096, 3584 and 1536 (scores only, frozen, trained), beside the peers that
+are installed. Takes at most `--minutes`: cases that are not begun by then are named, and left out.
 Writes a CSV and a figure of each group (gpu-pair-reduce, gpu-rows, gpu-tail, gpu-stats,
 gpu-logprobs), ceilings.csv, rates.csv and on an H100 or H200 lines.csv into DIR. Rows that are not
 installed, or do not fit in memory, are named in the tables; a row whose results differ from fp64 by

@@ -119,5 +119,6 @@ def rows_group(device: str, tokens: int = 2048, vocab: int = 151_936) -> Group:
     rows = (Row("naive", _naive), Row("triton", _triton, lambda _: MISSING["triton"]))
     return Group(
         name="gpu-rows", title="row kernels on a GPU", cases=cases, quick=cases, rows=rows,
-        make_inputs=_inputs, gate=_gate, tiny=lambda case: replace(case, shape={"T": 8, "V": 640}), memory=False,
+        make_inputs=_inputs, gate=_gate, memory=False,
+        tiny=lambda case: replace(case, shape={"T": 8, "V": 640}),
     )  # fmt: skip
