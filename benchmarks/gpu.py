@@ -1,13 +1,14 @@
 """`python -m benchmarks.gpu --out DIR`: everything that needs a GPU, in one command.
 
 Builds csrc/cuda, runs the tests marked `gpu`, measures what this GPU can do at most (copy
-bandwidth, bf16 matmul), then pair_reduce, the certified sparse backward, a step of SmolLM2-135M
-(random weights) with gradient statistics, and the LM head at T = 8192 and 32 768, V = 151 936,
-D = 4096, 3584 and 1536 (scores only, frozen, trained), beside the peers that are installed. Takes
-at most `--minutes`: cases that are not begun by then are named, and left out. Writes a CSV and a
-figure of each group (gpu-pair-reduce, gpu-tail, gpu-stats, gpu-logprobs), ceilings.csv, rates.csv
-and on an H100 or H200 lines.csv into DIR. Rows that are not installed, or do not fit in memory, are
-named in the tables; a row whose results differ from fp64 by more than naive code's is not timed.
+bandwidth, bf16 matmul), then pair_reduce, the head's row kernels, the certified sparse backward, a
+step of SmolLM2-135M (random weights) with gradient statistics, and the LM head at T = 8192 and
+32 768, V = 151 936, D = 4096, 3584 and 1536 (scores only, frozen, trained), beside the peers that
+are installed. Takes at most `--minutes`: cases that are not begun by then are named, and left out.
+Writes a CSV and a figure of each group (gpu-pair-reduce, gpu-rows, gpu-tail, gpu-stats,
+gpu-logprobs), ceilings.csv, rates.csv and on an H100 or H200 lines.csv into DIR. Rows that are not
+installed, or do not fit in memory, are named in the tables; a row whose results differ from fp64 by
+more than naive code's is not timed.
 """
 
 from __future__ import annotations
@@ -75,17 +76,19 @@ def rates(frame: pd.DataFrame, ceilings: dict[str, float]) -> pd.DataFrame:
     """Per timed case and row: milliseconds, rate, share of the measured ceiling, peak memory above
     inputs and results (which no schedule can avoid), and the largest relative error against fp64.
     """
-    from benchmarks import gpu_groups, records
+    from benchmarks import gpu_groups, gpu_rows, records
     from benchmarks.registry import Case
 
+    moved = dict.fromkeys(gpu_rows.BYTES, gpu_rows.rows_bytes)
+    moved["pair_reduce"] = gpu_groups.pair_reduce_bytes
     lines = []
     for (case, row), part in frame.groupby(["case", "row"], sort=False):
         metrics, first = records.values(part), part.iloc[0]
         shape, mode = records.shape_of(first["shape"]), first["mode"]
-        if "time" not in metrics or mode not in (*gpu_groups.NEEDED_FLOPS, "pair_reduce"):
+        if "time" not in metrics or mode not in (*gpu_groups.NEEDED_FLOPS, *moved):
             continue
-        if mode == "pair_reduce":
-            work = gpu_groups.pair_reduce_bytes(Case(shape, first["dtype"]))
+        if mode in moved:
+            work = moved[mode](Case(shape, first["dtype"], mode))
             ceiling, unit = ceilings["copy"], "GB/s"
         else:
             work = gpu_groups.NEEDED_FLOPS[mode] * shape["T"] * shape["V"] * shape["D"]
@@ -162,7 +165,7 @@ def measure(out: Path, quick: bool, until: float, only: str = "") -> None:
     """Time the groups whose name matches `only`, write CSV and PNG, and print rates and lines; no
     case but a group's first begins at `until`."""
     # Imported here: the backends are looked for at import, after the build.
-    from benchmarks import gpu_groups, records, run
+    from benchmarks import gpu_groups, gpu_rows, records, run
 
     ceilings = measure_ceilings()
     out.mkdir(parents=True, exist_ok=True)
@@ -176,6 +179,7 @@ def measure(out: Path, quick: bool, until: float, only: str = "") -> None:
     sizes = gpu_groups.HIDDEN_SIZES[:1] if quick else gpu_groups.HIDDEN_SIZES
     groups = (
         gpu_groups.pair_reduce_group("cuda"),
+        gpu_rows.rows_group("cuda"),
         gpu_groups.tail_group("cuda"),
         gpu_groups.stats_group("cuda"),
         gpu_groups.head_group("cuda", tokens, sizes),
@@ -187,6 +191,7 @@ def measure(out: Path, quick: bool, until: float, only: str = "") -> None:
     for group in chosen:
         frames.append(records.read_csv(run.run_group(group, out=out, until=until)))
         gpu_groups.release_inputs()
+        gpu_rows.release_inputs()
     tables = {"rates": pd.concat([rates(frame, ceilings) for frame in frames])}
     if any(chip in where["gpu"] for chip in LINE_CHIPS):
         tables["lines"] = lines(tables["rates"])

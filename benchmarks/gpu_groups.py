@@ -1,5 +1,5 @@
 """The groups that `benchmarks.gpu` measures: the LM head at GPU sizes, its certified sparse
-backward, `pair_reduce`, and a step with gradient statistics.
+backward, `pair_reduce`, and a step with gradient statistics. Row kernels: `gpu_rows`.
 
 Not in `benchmarks/groups/`: `benchmarks.run` offers what any machine can run.
 """
@@ -36,6 +36,7 @@ UNFUSED_BYTES = 2**29
 COMPILING = ("torch.compile", "cut-cross-entropy", "QuACK")
 OURS = ("triton",)
 REDUCING = ("triton", "cuda")
+OTHER_TILES = (1, 3, 4)
 # Modes of the group "tail", and tolerances 2^-n.
 PROFILES = ("peaked", "reasoning", "flat")
 EXPONENTS = (5, 7, 9, 11)
@@ -119,7 +120,7 @@ def head_group(device: str, tokens: tuple[int, ...], hidden_sizes: tuple[int, ..
 
 
 class Gradients(NamedTuple):
-    """G_t and G_e, their weights, and the dW that they are added into."""
+    """K gradients (two: G_t and G_e), their weights, and the dW that they are added into."""
 
     tiles: Tensor
     weights: Tensor
@@ -127,25 +128,31 @@ class Gradients(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _gradients(rows: int, dim: int, dtype: torch.dtype, device: str) -> Gradients:
+def _gradients(count: int, rows: int, dim: int, dtype: torch.dtype, device: str) -> Gradients:
     generator = torch.Generator(device).manual_seed(0)
     on: dict[str, Any] = {"generator": generator, "device": device}
-    tiles, dweight = torch.randn(2, rows, dim, **on), torch.randn(rows, dim, **on)
-    weights = torch.tensor([0.4, 0.6], device=device)
+    tiles, dweight = torch.randn(count, rows, dim, **on), torch.randn(rows, dim, **on)
+    weights = torch.arange(1.0, count + 1, device=device) / count
     return Gradients(tiles, weights, dweight.to(dtype))
 
 
+def _tiles(case: Case) -> int:
+    return case.shape.get("K", 2)
+
+
 def _gradient_inputs(case: Case) -> Gradients:
-    return _gradients(case.shape["V"], case.shape["D"], case.torch_dtype, case.device)
+    shape = case.shape
+    return _gradients(_tiles(case), shape["V"], shape["D"], case.torch_dtype, case.device)
 
 
 def _naive_pair_reduce(tiles: Tensor, total: Tensor, weights: Tensor, add: bool) -> Tensor:
-    """Three reductions and two updates, each a pass of its own."""
-    trace, empty = tiles
-    change = weights[0] * trace + weights[1] * empty
+    """A reduction for each product and an update for each tile, each a pass of its own."""
+    change = weights[0] * tiles[0]
+    for weight, tile in zip(weights[1:], tiles[1:], strict=True):
+        change = change + weight * tile
     total.copy_(total + change if add else change)
-    sums = [(a * b).sum() for a in (trace, empty) for b in (trace, empty)]
-    return torch.stack(sums).double().view(2, 2)
+    sums = [(a * b).sum() for a in tiles for b in tiles]
+    return torch.stack(sums).double().view(len(tiles), len(tiles))
 
 
 def _make_pair_reduce(function: Callable[..., Tensor], case: Case, inputs: Gradients) -> Call:
@@ -176,7 +183,7 @@ def _gradient_gate(case: Case, inputs: Gradients) -> Gate:
         return torch.stack([(a.double() * b.double()).sum() for a, b in parts]).sum()
 
     tiles, weights, dweight = inputs
-    gram = torch.stack([dot(a, b) for a in tiles for b in tiles]).view(2, 2)
+    gram = torch.stack([dot(a, b) for a in tiles for b in tiles]).view(len(tiles), len(tiles))
     change = (weights.double()[:, None, None] * tiles[:, rows].double()).sum(0)
     naive_call = _make_pair_reduce(_naive_pair_reduce, case, inputs)
     return Gate(
@@ -194,21 +201,34 @@ def release_inputs() -> None:
 
 
 def pair_reduce_bytes(case: Case) -> int:
-    """Bytes that must move: G_t and G_e in fp32, dW in and out."""
-    return case.shape["V"] * case.shape["D"] * (8 + 2 * case.torch_dtype.itemsize)
+    """Bytes that must move: each tile in fp32, dW in and out."""
+    per_element = 4 * _tiles(case) + 2 * case.torch_dtype.itemsize
+    return case.shape["V"] * case.shape["D"] * per_element
+
+
+def _reduces(name: str, case: Case) -> str:
+    """Why a backend cannot reduce so many tiles; '' when it can."""
+    only_two = name == "cuda" and _tiles(case) != 2
+    return "it serves two tiles" if only_two else MISSING[name]
 
 
 def pair_reduce_group(device: str, rows: int = VOCAB, dim: int = 4096) -> Group:
-    """Inner products of two weight gradients, and their weighted sum added to dW."""
+    """Inner products of weight gradients, of two and of other numbers, and their weighted sum added
+    to dW."""
+    shape = {"V": rows, "D": dim}
     cases = tuple(
-        Case({"V": rows, "D": dim}, dtype, "pair_reduce", device, rounds=7)
-        for dtype in ("bfloat16", "float32")
+        Case(sizes, dtype, "pair_reduce", device, rounds=7)
+        for sizes, dtype in (
+            (shape, "bfloat16"),
+            (shape, "float32"),
+            *(({"K": count} | shape, "bfloat16") for count in OTHER_TILES),
+        )
     )
     ours = [
         Row(
             name,
             functools.partial(_make_pair_reduce, _pair_reduce(name)),
-            functools.partial(lambda why, _: why, MISSING[name]),
+            functools.partial(_reduces, name),
         )
         for name in REDUCING
     ]
@@ -216,7 +236,7 @@ def pair_reduce_group(device: str, rows: int = VOCAB, dim: int = 4096) -> Group:
     return Group(
         name="gpu-pair-reduce", title="pair_reduce on a GPU", cases=cases, quick=cases,
         rows=(baseline, *ours), make_inputs=_gradient_inputs, gate=_gradient_gate,
-        tiny=lambda case: replace(case, shape={"V": 64, "D": 64}),
+        tiny=lambda case: replace(case, shape={**case.shape, "V": 64, "D": 64}),
     )  # fmt: skip
 
 

@@ -85,6 +85,7 @@ def _row_cases(arch: int) -> Iterator[Case]:
         flags = {f: f in options_on for f in ("HAS_BIAS", "HAS_SOFTCAP", "HAS_ENTROPY", "HAS_P")}
         shape = shapes.rows_twice if flags["HAS_P"] else shapes.rows
         blocks = {"ROWS": shape.rows, "BLOCK": shape.block}
+        blocks |= {"LANES": shape.lanes(4 if dtype == "*fp32" else 2), "STAGES": shape.stages}
         yield Case(
             f"rows forward, {name}",
             logprobs._forward_kernel,
@@ -196,31 +197,29 @@ def _other_cases() -> Iterator[Case]:
 def _reduce_cases() -> Iterator[Case]:
     from bvpo_kernels.backends.triton import grad_stats
 
-    gradients = dict.fromkeys(("trace_ptr", "empty_ptr", "tiles_ptr"), "*fp32")
-    floats = dict.fromkeys(("weights_ptr", "partials_ptr"), "*fp32")
+    floats = dict.fromkeys(("tiles_ptr", "weights_ptr", "partials_ptr"), "*fp32")
+    warps = {"num_warps": grad_stats._THREADS // 32}
+    aligned = ("tiles_ptr", "total_ptr", "numel")
     for dtype in ("*fp32", "*bf16"):
-        types = gradients | floats | {"total_ptr": dtype}
+        types = floats | {"total_ptr": dtype}
         for name, mixed in (("", False), (", weights, added", True)):
             flags: dict[str, Any] = {"HAS_WEIGHTS": mixed, "ADD": mixed}
-            two = flags | {"TILE": grad_stats.TILE, "BLOCK": grad_stats._BLOCK}
-            aligned = ("trace_ptr", "empty_ptr", "tiles_ptr", "tiles_stride", "total_ptr", "numel")
-            yield Case(
-                f"pair_reduce, dW {dtype[1:]}{name}",
-                grad_stats._pair_reduce_kernel,
-                types,
-                two,
-                {"num_warps": 8},
-                aligned,
-            )
-            for count in (16, 32, grad_stats.MAX_TILES):
+            suffix = f", dW {dtype[1:]}{name}"
+            for count in range(1, grad_stats.FUSED + 1):
                 yield Case(
-                    f"pair_reduce of {count}, dW {dtype[1:]}{name}",
-                    grad_stats._group_reduce_kernel,
+                    f"pair_reduce of {count}{suffix}",
+                    grad_stats._pair_reduce_kernel,
                     types,
-                    flags | grad_stats.group_shape(count),
-                    {"num_warps": 4},
+                    flags | grad_stats.reduce_shape(count),
+                    warps,
                     aligned,
                 )
+            block = {"BLOCK": grad_stats._SUM_BLOCK}
+            kernel = grad_stats._sum_kernel
+            yield Case(f"sum of tiles{suffix}", kernel, types, flags | block, warps, aligned)
+    block = {"SIDE": grad_stats.FUSED, "TILE": grad_stats._SMALL_TILE}
+    block |= {"BLOCK": grad_stats._GRAM_BLOCK}
+    yield Case("gram block", grad_stats._gram_block_kernel, floats, block, warps, aligned)
 
 
 def _tail_cases(arch: int) -> Iterator[Case]:

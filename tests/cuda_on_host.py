@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bvpo_kernels.backends.triton.grad_stats import TILE, check_pair_reduce, gram_of_pair
+from bvpo_kernels.backends.triton.grad_stats import TILE, check_pair_reduce, gram_of_partials
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
@@ -78,4 +78,4 @@ def pair_reduce(tiles_KRD, total_RD, weights_K=None, add=False):
         int(vector),
         GRID,
     )
-    return gram_of_pair(partials)
+    return gram_of_partials(partials, 2)

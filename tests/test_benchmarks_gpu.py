@@ -7,7 +7,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from benchmarks import gpu, gpu_groups, records, run, verify
+from benchmarks import gpu, gpu_groups, gpu_rows, records, run, verify
 from benchmarks.registry import Case
 from bvpo_kernels import backends
 
@@ -39,11 +39,33 @@ def test_head_group_gates_and_times(monkeypatch):
 
 
 def test_pair_reduce_group_gates_and_times():
-    group = gpu_groups.pair_reduce_group("cpu", rows=3000, dim=40)
+    group = gpu_groups.pair_reduce_group("cpu", rows=1700, dim=40)
+    assert [case.shape.get("K", 2) for case in group.cases] == [2, 2, 1, 3, 4]
     for case in group.cases:
         states = statuses(run.run_case(group, case, 1, tqdm(disable=True)))
         for row in ("naive", *(["triton"] if backends.INTERPRETED else [])):
             assert states[row] == "ok", (row, states[row])
+
+
+def test_rows_group_gates_and_times():
+    group = gpu_rows.rows_group("cpu", tokens=100, vocab=700)
+    for case in group.cases:
+        states = statuses(run.run_case(group, case, 1, tqdm(disable=True)))
+        for row in ("naive", *(["triton"] if backends.INTERPRETED else [])):
+            assert states[row] == "ok", (row, states[row])
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="the kernels run on a CPU interpreted")
+@pytest.mark.parametrize("mode", gpu_rows.BYTES)
+def test_the_gate_of_the_rows_rejects_a_wrong_kernel(mode):
+    """Another target in one of the rows that are compared."""
+    group = gpu_rows.rows_group("cpu", tokens=100, vocab=700)
+    case = next(case for case in group.cases if case.mode == mode)
+    gate = group.gate(case, group.make_inputs(case))
+    wrong_T = gate.inputs.target_T.clone()
+    wrong_T[97] = (wrong_T[97] + 1) % 700
+    outputs = group.row("triton").make(case, gate.inputs._replace(target_T=wrong_T))()
+    assert "max error" in verify.judge(outputs, gate).failure
 
 
 def test_tail_group_gates_and_times():
@@ -79,6 +101,8 @@ def test_the_gate_of_pair_reduce_rejects_a_wrong_kernel():
 def test_rates_count_the_needed_work():
     case = Case({"T": 10, "D": 20, "V": 1000}, "bfloat16", "trained", "cuda")
     pair = Case({"V": 1000, "D": 20}, "bfloat16", "pair_reduce", "cuda")
+    three = Case({"K": 3, "V": 1000, "D": 20}, "float32", "pair_reduce", "cuda")
+    rows_case = Case({"T": 10, "V": 1000}, "bfloat16", gpu_rows.BACKWARD, "cuda")
     rows = [
         records.record("g", case, "triton", "time", 2.0, "s"),
         records.record("g", case, "triton", "peak_memory", 7.0, "MiB"),
@@ -86,15 +110,19 @@ def test_rates_count_the_needed_work():
         records.record("g", case, "triton", "relative_error:dweight", 2e-3, ""),
         records.record("g", case, "liger", "status", None, "", "missing: liger"),
         records.record("p", pair, "cuda", "time", 0.5, "s"),
+        records.record("p", three, "triton", "time", 0.5, "s"),
+        records.record("r", rows_case, "triton", "time", 0.5, "s"),
     ]
     table = gpu.rates(pd.DataFrame(rows), {"copy": 1e6, "matmul": 2e6})
-    assert table["row"].tolist() == ["triton", "cuda"]
+    assert table["row"].tolist() == ["triton", "cuda", "triton", "triton"]
+    moved = [12 * 20_000, (3 * 4 + 2 * 4) * 20_000, 6 * 10_000]
     assert table["rate"].tolist() == pytest.approx(
-        [6 * 200_000 / 2 / 1e12, 12 * 20_000 / 0.5 / 1e9]
+        [6 * 200_000 / 2 / 1e12, *(count / 0.5 / 1e9 for count in moved)]
     )
-    assert table["share_of_ceiling"].tolist() == pytest.approx([0.3, 0.48])
-    assert table["ms"].tolist() == [2000.0, 500.0]
-    assert table["error"].tolist() == pytest.approx([3e-3, float("nan")], nan_ok=True)
+    assert table["share_of_ceiling"].tolist() == pytest.approx([0.3, 0.48, 0.8, 0.12])
+    assert table["ms"].tolist() == [2000.0, 500.0, 500.0, 500.0]
+    missing = float("nan")
+    assert table["error"].tolist() == pytest.approx([3e-3, *[missing] * 3], nan_ok=True)
 
 
 def test_lines_say_what_holds():

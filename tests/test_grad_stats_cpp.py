@@ -192,6 +192,10 @@ def test_errors():
     for call, match in (
         (lambda: torch.ops.bvpo.cpu_pair_reduce(tiles, torch.empty(4, 4)), "total: expected"),
         (lambda: torch.ops.bvpo.cpu_pair_reduce(tiles.mT, torch.empty(5, 4)), "tiles: expected"),
+        (
+            lambda: torch.ops.bvpo.cpu_pair_reduce(tiles, torch.empty(4, 5), torch.ones(3)),
+            "weights: expected",
+        ),
         (lambda: head(Case(400, 8, 20), "cpp", plan("", groups=[[0, 3], [4, 400]])), "ranges: exp"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bvpo_kernels.backends.triton.grad_stats import TILE, check_pair_reduce, gram_of_pair
+from bvpo_kernels.backends.triton.grad_stats import TILE, check_pair_reduce, gram_of_partials
 
 
 def pair_reduce(
@@ -18,4 +18,4 @@ def pair_reduce(
     partials = torch.empty(-(-total_RD.numel() // TILE), 3, device=total_RD.device)
     if total_RD.numel():
         torch.ops.bvpo.cuda_pair_reduce(tiles_KRD, weights_K, total_RD, add, partials)
-    return gram_of_pair(partials)
+    return gram_of_partials(partials, 2)

@@ -36,7 +36,8 @@ for _schema in (
     "float temperature, float? softcap, int ignore_index, int chunk_tokens, bool need_hidden, "
     "Tensor(a!)? sums, Tensor(b!)? bias_sums) -> (Tensor logprobs, Tensor unit)",
     # fp32 and bf16.
-    "cpu_pair_reduce(Tensor tiles, Tensor(a!) total) -> Tensor gram",
+    "cpu_pair_reduce(Tensor tiles, Tensor(a!) total, Tensor? weights=None, bool add=False) -> "
+    "Tensor gram",
     "cpu_norm_sums(Tensor dy, Tensor x, Tensor ranges, float eps, bool centered, "
     "bool need_weight, bool need_bias) -> (Tensor, Tensor)",
     "cuda_pair_reduce(Tensor tiles, Tensor? weights, Tensor(a!) total, bool add, "

@@ -19,7 +19,7 @@ from bvpo_kernels.ops.library import define
 
 # What is kept of gradients is multiplied outside of operators, as their tiles are inside.
 inner_products = eager.inner_products
-_REDUCE: dict[str, Any] = {"eager": eager.pair_reduce}
+_REDUCE: dict[str, Any] = {"eager": eager.pair_reduce, "cpp": torch.ops.bvpo.cpu_pair_reduce}
 if not backends.MISSING["triton"]:  # importing these modules needs triton
     from bvpo_kernels.backends import cuda
     from bvpo_kernels.backends.triton import grad_stats as triton_reduce
@@ -37,13 +37,13 @@ def _compiled(*tensors: Tensor) -> bool:
     return served and not backends.MISSING["cpp"]
 
 
-def _cannot_reduce(name: str, tiles: Tensor, total: Tensor, plain: bool) -> str:
+def _cannot_reduce(name: str, tiles: Tensor, total: Tensor) -> str:
     """Why a backend that is installed cannot serve this `pair_reduce`; '' when it can."""
     device, count = tiles.device.type, tiles.shape[0]
     if name == "reference":
         return "it has no pair_reduce"
-    if name == "cpp" and not (plain and _compiled(tiles, total)):
-        return "it serves CPU tensors in fp32 and bf16, without weights, into a new sum"
+    if name == "cpp" and not _compiled(tiles, total):
+        return "it serves CPU tensors in fp32 and bf16"
     if name in ("cuda", "triton"):
         served = device == "cuda" or (name == "triton" and backends.INTERPRETED)
         if not served:
@@ -66,13 +66,10 @@ def _reduce(
 ) -> Tensor:
     """total = sum_k w_k A_k of K tiles [K, R, D] (weights None: 1; add: added to what it holds),
     in fp32 (fp64 for fp64), rounded once; returns the Gram matrix <A_k, A_l> [K, K] in fp64. Two
-    kinds of a unit give |g_t|^2, |g_e|^2 and <g_t, g_e>."""
-    plain = weights is None and not add
+    kinds of a unit give |g_t|^2, |g_e|^2 and <g_t, g_e>. The total may be tiles[0]."""
     chosen = backends.choose(
-        impl, lambda name: _cannot_reduce(name, tiles, total, plain), _REDUCE_PREFERENCE
+        impl, lambda name: _cannot_reduce(name, tiles, total), _REDUCE_PREFERENCE
     )
-    if chosen == "cpp":
-        return torch.ops.bvpo.cpu_pair_reduce(tiles, total)
     return _REDUCE[chosen](tiles, total, weights, add)
 
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -148,40 +149,53 @@ BVPO_INLINE void add_gram_body(GroupTiles tiles, int64_t first, int64_t n, doubl
   }
 }
 
+template <typename V, typename E>
+BVPO_INLINE V weighted(const E* data, const float* weights, int64_t group) {
+  const V x = load_float<V>(data);
+  return weights ? x * weights[group] : x;
+}
+
 template <typename V, typename E, typename Out>
-BVPO_INLINE void sum_of(const E* data, GroupTiles tiles, int64_t n, Out* total) {
+BVPO_INLINE void sum_of(const E* data, GroupTiles tiles, int64_t n, Out* total,
+                        const float* weights, bool add) {
   constexpr int64_t kLanes = Vec<V>::kLanes;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    V sum = load_float<V>(data + i);
-    for (int64_t g = 1; g < tiles.groups; ++g) sum += load_float<V>(data + g * tiles.stride + i);
+    V sum = weighted<V>(data + i, weights, 0);
+    for (int64_t g = 1; g < tiles.groups; ++g) {
+      sum += weighted<V>(data + g * tiles.stride + i, weights, g);
+    }
+    if (add) sum += load_float<V>(total + i);
     store_float<V>(total + i, sum);
   }
   if (i == n) return;
   // The last lanes, through memory of a whole vector.
   E tail[kLanes] = {};
-  Out out[kLanes];
+  Out out[kLanes] = {};
   V sum = {};
   for (int64_t g = 0; g < tiles.groups; ++g) {
     std::memcpy(tail, data + g * tiles.stride + i, (n - i) * sizeof(E));
-    sum += load_float<V>(tail);
+    sum += weighted<V>(tail, weights, g);
   }
+  std::memcpy(out, total + i, (n - i) * sizeof(Out));
+  if (add) sum += load_float<V>(out);
   store_float<V>(out, sum);
   std::memcpy(total + i, out, (n - i) * sizeof(Out));
 }
 
-template <typename V>
-BVPO_INLINE void sum_groups_body(GroupTiles tiles, int64_t first, int64_t n, void* total,
-                                 bool total_bf16) {
-  const auto* bits = static_cast<const uint16_t*>(tiles.data) + first;
-  const auto* floats = static_cast<const float*>(tiles.data) + first;
-  if (tiles.bf16) {
-    if (total_bf16) sum_of<V>(bits, tiles, n, static_cast<uint16_t*>(total));
-    else sum_of<V>(bits, tiles, n, static_cast<float*>(total));
+template <typename V, typename E>
+BVPO_INLINE void sum_into(const E* data, GroupTiles tiles, int64_t n, GroupSum sum) {
+  if (sum.bf16) {
+    sum_of<V>(data, tiles, n, static_cast<uint16_t*>(sum.total), sum.weights, sum.add);
   } else {
-    if (total_bf16) sum_of<V>(floats, tiles, n, static_cast<uint16_t*>(total));
-    else sum_of<V>(floats, tiles, n, static_cast<float*>(total));
+    sum_of<V>(data, tiles, n, static_cast<float*>(sum.total), sum.weights, sum.add);
   }
+}
+
+template <typename V>
+BVPO_INLINE void sum_groups_body(GroupTiles tiles, int64_t first, int64_t n, GroupSum sum) {
+  if (tiles.bf16) sum_into<V>(static_cast<const uint16_t*>(tiles.data) + first, tiles, n, sum);
+  else sum_into<V>(static_cast<const float*>(tiles.data) + first, tiles, n, sum);
 }
 
 template <typename V, typename E>
@@ -239,9 +253,8 @@ BVPO_INLINE void add_norm_rows_body(NormRows rows, int64_t first, int64_t n, flo
 
 BVPO_DISPATCH_WIDTHS(add_gram, (GroupTiles tiles, int64_t first, int64_t n, double* gram),
                      (tiles, first, n, gram))
-BVPO_DISPATCH_WIDTHS(sum_groups,
-                     (GroupTiles tiles, int64_t first, int64_t n, void* total, bool total_bf16),
-                     (tiles, first, n, total, total_bf16))
+BVPO_DISPATCH_WIDTHS(sum_groups, (GroupTiles tiles, int64_t first, int64_t n, GroupSum sum),
+                     (tiles, first, n, sum))
 BVPO_DISPATCH_WIDTHS(add_norm_rows,
                      (NormRows rows, int64_t first, int64_t n, float* weight, float* bias),
                      (rows, first, n, weight, bias))
@@ -256,16 +269,23 @@ bool is_bf16(const char* name, const Tensor& tensor) {
   return tensor.scalar_type() == at::kBFloat16;
 }
 
-// total = sum_g A_g for tiles [G, R, D]; returns the Gram matrix [G, G] in fp64. Tasks are stretches
-// of a fixed length and their partial sums are added in order, whatever the number of threads.
-Tensor pair_reduce(const Tensor& tiles, Tensor& total) {
+// total = or += sum_g w_g A_g for tiles [G, R, D]; returns the Gram matrix [G, G] in fp64. Tasks are
+// stretches of a fixed length and their partial sums are added in order, whatever the number of
+// threads. The total may be tiles[0]: a stretch is written when its products have been formed.
+Tensor pair_reduce(const Tensor& tiles, Tensor& total, const std::optional<Tensor>& weights,
+                   bool add) {
   const int64_t groups = tiles.size(0), n = groups ? tiles.numel() / groups : 0;
   TORCH_CHECK_VALUE(tiles.dim() == 3 && groups > 0 && tiles[0].is_contiguous(),
                     "tiles: expected [G, R, D] of contiguous tiles, got ", tiles.sizes());
   TORCH_CHECK_VALUE(total.numel() == n && total.is_contiguous(), "total: expected a contiguous [",
                     tiles.size(1), ", ", tiles.size(2), "], got ", total.sizes());
   const GroupTiles source{tiles.const_data_ptr(), groups, tiles.stride(0), is_bf16("tiles", tiles)};
+  TORCH_CHECK_VALUE(!weights || (weights->scalar_type() == at::kFloat &&
+                                 weights->numel() == groups && weights->is_contiguous()),
+                    "weights: expected [", groups, "] in fp32, got ", weights->sizes(), " ",
+                    weights->scalar_type());
   const bool narrow = is_bf16("total", total);
+  const float* scale = weights ? weights->const_data_ptr<float>() : nullptr;
   char* out = static_cast<char*>(total.mutable_data_ptr());
   const int64_t tasks = (n + kTaskElements - 1) / kTaskElements;
   std::vector<double> partial(tasks * groups * groups, 0.0);
@@ -276,7 +296,7 @@ Tensor pair_reduce(const Tensor& tiles, Tensor& total) {
       for (int64_t i = task * kTaskElements; i < last; i += kStretch) {
         const int64_t count = std::min(kStretch, last - i);
         add_gram(source, i, count, gram);
-        sum_groups(source, i, count, out + i * total.element_size(), narrow);
+        sum_groups(source, i, count, {out + i * total.element_size(), narrow, scale, add});
       }
     }
   });

@@ -17,8 +17,18 @@ struct GroupTiles {
 // Of 2048 products the sums are fp32, lane by lane; beyond that fp64.
 void add_gram(GroupTiles tiles, int64_t first, int64_t n, double* gram);
 
-// total[i] = sum_g A_g[first + i], added in fp32 in the order of the groups; fp32 or bf16.
-void sum_groups(GroupTiles tiles, int64_t first, int64_t n, void* total, bool total_bf16);
+// Where a sum goes, fp32 or bf16, and how it is formed: weights of the groups (null: 1 for each), and
+// whether it is added to what is there.
+struct GroupSum {
+  void* total;
+  bool bf16;
+  const float* weights;
+  bool add;
+};
+
+// total[i] = or += sum_g w_g A_g[first + i], added in fp32 in the order of the groups. The total may
+// be those elements of A_0.
+void sum_groups(GroupTiles tiles, int64_t first, int64_t n, GroupSum sum);
 
 // Rows of a norm's input x and of the gradient dy of its output: fp32, or bf16 as bit patterns.
 struct NormRows {

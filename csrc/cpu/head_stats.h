@@ -181,7 +181,7 @@ class GroupedBackward {
         }
         for (int64_t v = begin_row; v < last; ++v) {
           const int64_t row = v * dim();
-          sum_groups(source, row, head_.dim, total.get(), false);
+          sum_groups(source, row, head_.dim, {total.get(), false, nullptr, false});
           In* out = static_cast<In*>(out_.dweight) + (panel.first + v) * head_.dim;
           for (int64_t d = 0; d < head_.dim; ++d) out[d] = static_cast<In>(total[d]);
           keep(panel.first + v, tiles + row, tile);

@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kReduceThreads) pair_reduce_kernel(
     cross = block_sum(cross, scratch);
     if (threadIdx.x == 0) {
       partials[3 * tile] = trace;
-      partials[3 * tile + 1] = empty;
-      partials[3 * tile + 2] = cross;
+      partials[3 * tile + 1] = cross;
+      partials[3 * tile + 2] = empty;
     }
   }
 }

@@ -44,16 +44,13 @@ def inner_products(left: Tensor, right: Tensor) -> Tensor:
 def pair_reduce(
     tiles_KRD: Tensor, total_RD: Tensor, weights_K: Tensor | None = None, add: bool = False
 ) -> Tensor:
-    """total = sum_k w_k A_k, with `add` added to what it holds; returns <A_k, A_l> in fp64.
-
-    `total_RD` may be the memory of the first tile.
-    """
+    """total = sum_k w_k A_k, with `add` added to what it holds; returns <A_k, A_l> in fp64."""
     tiles_KRD = tiles_KRD.to(accumulate_dtype(tiles_KRD.dtype))
-    gram_KK = inner_products(tiles_KRD, tiles_KRD)
     weighted_KRD = tiles_KRD if weights_K is None else weights_K[:, None, None] * tiles_KRD
     sum_RD = weighted_KRD.sum(0)
+    gram = inner_products(tiles_KRD, tiles_KRD)  # first: the total may be tiles_KRD[0]
     total_RD.copy_(sum_RD + total_RD if add else sum_RD)
-    return gram_KK
+    return gram
 
 
 def signs(size: int, k: int, seed: Tensor, layer: int, side: int, like: Tensor) -> Tensor:

@@ -12,11 +12,18 @@ import torch
 
 
 class RowConfig(NamedTuple):
-    """A row kernel: `rows` rows per program, read `block` columns at a time."""
+    """A row kernel: `rows` rows per program, read `block` columns at a time, of which the forward
+    has `stages` in shared memory."""
 
     rows: int
     block: int
     num_warps: int
+    stages: int = 3
+
+    def lanes(self, itemsize: int) -> int:
+        """Columns that all threads hold side by side: as many each as are 16 bytes of the smallest
+        elements read or written. The compiler lays a block out so; others would be shuffled."""
+        return min(self.block, 16 // itemsize * 32 * self.num_warps)
 
 
 class GemmConfig(NamedTuple):

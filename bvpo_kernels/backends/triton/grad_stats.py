@@ -1,8 +1,9 @@
 """`pair_reduce`: the weighted sum of weight-gradient tiles and their inner products, in one read.
 
 The tokens of the groups are disjoint, so that their gradients cost the FLOPs of the sum; what they
-add is this pass. For two tiles, G_t and G_e, it reads 8 bytes per element in fp32 and writes dW:
-10 bytes with dW in bf16, 12 where it is added into, 12 and 16 with dW in fp32.
+add is this pass. Of K tiles in fp32 it reads 4 K bytes per element and writes dW: for two, G_t and
+G_e, 10 bytes with dW in bf16, 12 where it is added into, 12 and 16 with dW in fp32. Above `FUSED`
+tiles the inner products are formed block by block, and the sum in a pass of its own.
 """
 
 from __future__ import annotations
@@ -15,73 +16,121 @@ from torch import Tensor
 from bvpo_kernels.backends.triton.narrow import narrow
 
 # Elements per partial. Part of the result: partials are added in an order that depends on it alone.
+# For one and two tiles that of csrc/cuda; for more, a layer of 1536 x 1536 fills an H100.
 TILE = 1 << 16
-_BLOCK = 4096
-# Of more than two tiles: as many products as are summed in fp32, and tiles of one matrix product.
-GROUP_TILE = 1 << 12
-_GROUP_ELEMENTS = 2048
+_SMALL_TILE = 1 << 14
+# Tiles whose products, K (K + 1) / 2 per element, fit a thread's registers.
+FUSED = 8
+# Elements at a time by number of tiles, at least one for each of `_THREADS`: an element is then
+# held by one thread only, which is what lets the sum be written over the first tile.
+_BLOCKS = {1: 4096, 2: 4096, 3: 2048, 4: 1024, 5: 512, 6: 512, 7: 512, 8: 512}
+_SUM_BLOCK = 2048
+_GRAM_BLOCK = 256
 MAX_TILES = 64
+_THREADS = 256
+
+
+@triton.jit
+def _load(base_ptr, index_B, mask_B):
+    return tl.load(base_ptr + index_B, mask=mask_B, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store_total(total_ptr, index_B, mask_B, total_B, ADD: tl.constexpr):
     if ADD:
-        total_B += tl.load(total_ptr + index_B, mask=mask_B, other=0.0).to(tl.float32)
+        total_B += _load(total_ptr, index_B, mask_B)
     tl.store(total_ptr + index_B, narrow(total_B, total_ptr.dtype.element_ty), mask=mask_B)
 
 
 @triton.jit
 def _pair_reduce_kernel(
-    trace_ptr, empty_ptr, weights_ptr, total_ptr, partials_ptr, numel,
-    HAS_WEIGHTS: tl.constexpr, ADD: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(0)
-    first = tile.to(tl.int64) * TILE
-    trace_B = tl.zeros([BLOCK], tl.float32)
-    empty_B = tl.zeros([BLOCK], tl.float32)
-    cross_B = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, TILE, BLOCK):
-        index_B = first + start + tl.arange(0, BLOCK)
-        mask_B = index_B < numel
-        g_trace = tl.load(trace_ptr + index_B, mask=mask_B, other=0.0).to(tl.float32)
-        g_empty = tl.load(empty_ptr + index_B, mask=mask_B, other=0.0).to(tl.float32)
-        trace_B += g_trace * g_trace
-        empty_B += g_empty * g_empty
-        cross_B += g_trace * g_empty
-        if HAS_WEIGHTS:
-            g_trace *= tl.load(weights_ptr)
-            g_empty *= tl.load(weights_ptr + 1)
-        _store_total(total_ptr, index_B, mask_B, g_trace + g_empty, ADD)
-    partial = partials_ptr + 3 * tile
-    tl.store(partial, tl.sum(trace_B, 0))
-    tl.store(partial + 1, tl.sum(empty_B, 0))
-    tl.store(partial + 2, tl.sum(cross_B, 0))
-
-
-@triton.jit
-def _group_reduce_kernel(
-    tiles_ptr, weights_ptr, total_ptr, partials_ptr, tiles_stride, numel, num_tiles,
-    HAS_WEIGHTS: tl.constexpr, ADD: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    tiles_ptr, weights_ptr, total_ptr, partials_ptr, numel,
+    COUNT: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ADD: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
-    k_K = tl.arange(0, PADDED)
-    inside_K = k_K < num_tiles
-    tiles_K = tiles_ptr + k_K.to(tl.int64) * tiles_stride
-    gram_KK = tl.zeros([PADDED, PADDED], tl.float32)
+    sums = ()
+    for _ in tl.static_range(COUNT * (COUNT + 1) // 2):
+        sums += (tl.zeros([BLOCK], tl.float32),)
     for start in range(0, TILE, BLOCK):
         index_B = tile * TILE + start + tl.arange(0, BLOCK)
         mask_B = index_B < numel
-        mask_KB = inside_K[:, None] & mask_B[None, :]
-        g_KB = tl.load(tiles_K[:, None] + index_B[None, :], mask=mask_KB, other=0.0)
-        g_KB = g_KB.to(tl.float32)
-        gram_KK = tl.dot(g_KB, tl.trans(g_KB), gram_KK, input_precision="ieee")
+        gradients = ()
+        base_ptr = tiles_ptr
+        for _ in tl.static_range(COUNT):
+            gradients += (_load(base_ptr, index_B, mask_B),)
+            base_ptr += numel
+        moved = ()
+        for k in tl.static_range(COUNT):
+            for other in tl.static_range(k + 1):
+                product_B = gradients[k] * gradients[other]
+                moved += (sums[k * (k + 1) // 2 + other] + product_B,)
+        sums = moved
+        total_B = tl.zeros([BLOCK], tl.float32)
+        for k in tl.static_range(COUNT):
+            weighted_B = gradients[k]
+            if HAS_WEIGHTS:
+                weighted_B *= tl.load(weights_ptr + k)
+            total_B = weighted_B if k == 0 else total_B + weighted_B
+        _store_total(total_ptr, index_B, mask_B, total_B, ADD)
+    partials_ptr += tile * (COUNT * (COUNT + 1) // 2)
+    for pair in tl.static_range(COUNT * (COUNT + 1) // 2):
+        tl.store(partials_ptr + pair, tl.sum(sums[pair], 0))
+
+
+@triton.jit
+def _gram_block_kernel(
+    tiles_ptr, partials_ptr, numel, num_tiles,
+    SIDE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Products of `SIDE` tiles with as many others. Programs of one stretch of elements follow one
+    another, so that what several of them read may be found in L2."""
+    blocks = tl.cdiv(num_tiles, SIDE)
+    tile = (tl.program_id(0) // (blocks * blocks)).to(tl.int64)
+    row = (tl.program_id(0) // blocks % blocks * SIDE).to(tl.int64)
+    column = (tl.program_id(0) % blocks * SIDE).to(tl.int64)
+    if column > row:
+        return
+    sums = ()
+    for _ in tl.static_range(SIDE * SIDE):
+        sums += (tl.zeros([BLOCK], tl.float32),)
+    first = tile * TILE
+    for start in range(0, tl.minimum(TILE, numel - first), BLOCK):
+        index_B = first + start + tl.arange(0, BLOCK)
+        mask_B = index_B < numel
+        left, right = (), ()
+        for k in tl.static_range(SIDE):
+            left_ptr, right_ptr = tiles_ptr + (row + k) * numel, tiles_ptr + (column + k) * numel
+            left += (_load(left_ptr, index_B, mask_B & (row + k < num_tiles)),)
+            right += (_load(right_ptr, index_B, mask_B & (column + k < num_tiles)),)
+        moved = ()
+        for pair in tl.static_range(SIDE * SIDE):
+            moved += (sums[pair] + left[pair // SIDE] * right[pair % SIDE],)
+        sums = moved
+    partials_ptr += tile * num_tiles * num_tiles
+    for pair in tl.static_range(SIDE * SIDE):
+        k, other = row + pair // SIDE, column + pair % SIDE
+        inside = (k < num_tiles) & (other <= k)
+        value = tl.sum(sums[pair], 0)
+        tl.store(partials_ptr + k * num_tiles + other, value, mask=inside)
+        tl.store(partials_ptr + other * num_tiles + k, value, mask=inside)
+
+
+@triton.jit
+def _sum_kernel(
+    tiles_ptr, weights_ptr, total_ptr, numel, num_tiles,
+    HAS_WEIGHTS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index_B = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask_B = index_B < numel
+    total_B = tl.zeros([BLOCK], tl.float32)
+    for k in range(num_tiles):
+        weighted_B = _load(tiles_ptr, index_B, mask_B)
+        tiles_ptr += numel
         if HAS_WEIGHTS:
-            g_KB *= tl.load(weights_ptr + k_K, mask=inside_K, other=0.0)[:, None]
-        _store_total(total_ptr, index_B, mask_B, tl.sum(g_KB, 0), ADD)
-    partial_K = partials_ptr + (tile * num_tiles + k_K) * num_tiles
-    mask_KK = inside_K[:, None] & inside_K[None, :]
-    tl.store(partial_K[:, None] + k_K[None, :], gram_KK, mask=mask_KK)
+            weighted_B *= tl.load(weights_ptr + k)
+        total_B += weighted_B
+    _store_total(total_ptr, index_B, mask_B, total_B, ADD)
 
 
 def check_pair_reduce(tiles_KRD: Tensor, total_RD: Tensor, weights_K: Tensor | None) -> None:
@@ -102,16 +151,31 @@ def check_pair_reduce(tiles_KRD: Tensor, total_RD: Tensor, weights_K: Tensor | N
         raise ValueError(f"weights: expected ({count},) torch.float32, got {got}")
 
 
-def group_shape(count: int) -> dict[str, int]:
-    """Launch shape for `count` tiles: rows of a matrix product, and columns that fit registers."""
-    padded = max(triton.next_power_of_2(count), 16)
-    return {"PADDED": padded, "BLOCK": _GROUP_ELEMENTS // padded, "TILE": GROUP_TILE}
+def reduce_shape(count: int) -> dict[str, int]:
+    """Launch shape of the fused kernel for `count` tiles: elements of a partial and of a step."""
+    return {"COUNT": count, "TILE": TILE if count <= 2 else _SMALL_TILE, "BLOCK": _BLOCKS[count]}
 
 
-def gram_of_pair(partials: Tensor) -> Tensor:
-    """[2, 2] fp64 from partials [tiles, 3]: |G_t|^2, |G_e|^2, <G_t, G_e>; added in their order."""
-    trace, empty, cross = partials.sum(0, dtype=torch.float64).unbind()
-    return torch.stack([trace, cross, cross, empty]).view(2, 2)
+def gram_of_partials(partials: Tensor, count: int) -> Tensor:
+    """[count, count] fp64 from fp32 partials [tiles, count (count + 1) / 2], the lower triangle row
+    by row; added in their order."""
+    sums = iter(partials.sum(0, dtype=torch.float64).unbind())
+    rows = [[next(sums) for _ in range(k + 1)] for k in range(count)]
+    every = [rows[max(i, j)][min(i, j)] for i in range(count) for j in range(count)]
+    return torch.stack(every).view(count, count)
+
+
+def _gram_partials(tiles_KRD: Tensor, numel: int) -> Tensor:
+    """fp32 inner products [stretches, K, K] of any number of tiles, by blocks of `FUSED`."""
+    count = tiles_KRD.shape[0]
+    stretches, blocks = triton.cdiv(numel, _SMALL_TILE), triton.cdiv(count, FUSED)
+    partials = torch.empty(stretches, count, count, device=tiles_KRD.device)
+    if numel:
+        _gram_block_kernel[(stretches * blocks**2,)](
+            tiles_KRD, partials, numel, count, SIDE=FUSED, TILE=_SMALL_TILE, BLOCK=_GRAM_BLOCK,
+            num_warps=_THREADS // 32,
+        )  # fmt: skip
+    return partials
 
 
 def pair_reduce(
@@ -121,7 +185,8 @@ def pair_reduce(
 
     Args:
         tiles_KRD: contiguous, fp32, bf16 or fp16, at most `MAX_TILES` of them.
-        total_RD: contiguous, any float dtype; formed in fp32 and rounded once.
+        total_RD: contiguous, any float dtype; formed in fp32 and rounded once. May be
+            tiles_KRD[0]: an element is read by the thread that writes it, before it does.
         weights_K: fp32, on the device; None is 1 for each. The inner products have no weights.
 
     Returns:
@@ -132,20 +197,19 @@ def pair_reduce(
     if not 1 <= count <= MAX_TILES:
         raise ValueError(f"tiles: expected 1 to {MAX_TILES} of them, got {count}")
     weights = total_RD if weights_K is None else weights_K
-    flags = {"HAS_WEIGHTS": weights_K is not None, "ADD": add}
-    device = tiles_KRD.device
-    if count == 2:
-        partials = torch.empty(triton.cdiv(numel, TILE), 3, device=device)
-        if numel:
-            _pair_reduce_kernel[(partials.shape[0],)](
-                tiles_KRD[0], tiles_KRD[1], weights, total_RD, partials, numel,
-                **flags, TILE=TILE, BLOCK=_BLOCK, num_warps=8,
-            )  # fmt: skip
-        return gram_of_pair(partials)
-    partials = torch.empty(triton.cdiv(numel, GROUP_TILE), count, count, device=device)
+    flags = {"HAS_WEIGHTS": weights_K is not None, "ADD": add, "num_warps": _THREADS // 32}
+    if count > FUSED:
+        partials = _gram_partials(tiles_KRD, numel)
+        if numel:  # after the products have been read: the sum may lie over the first tile
+            _sum_kernel[(triton.cdiv(numel, _SUM_BLOCK),)](
+                tiles_KRD, weights, total_RD, numel, count, **flags, BLOCK=_SUM_BLOCK
+            )
+        return partials.sum(0, dtype=torch.float64)
+    shape = reduce_shape(count)
+    stretches, pairs = triton.cdiv(numel, shape["TILE"]), count * (count + 1) // 2
+    partials = torch.empty(stretches, pairs, device=tiles_KRD.device)
     if numel:
-        _group_reduce_kernel[(partials.shape[0],)](
-            tiles_KRD, weights, total_RD, partials, tiles_KRD.stride(0), numel, count, **flags,
-            **group_shape(count), num_warps=4,
-        )  # fmt: skip
-    return partials.sum(0, dtype=torch.float64)
+        _pair_reduce_kernel[(stretches,)](
+            tiles_KRD, weights, total_RD, partials, numel, **flags, **shape
+        )
+    return gram_of_partials(partials, count)

@@ -8,6 +8,7 @@ row's state over the vocabulary tiles is one column of a fp32 tensor [6, rows], 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,13 @@ STATE_ROWS = 6
 _LOWEST = tl.constexpr(-3.0e38)
 # The maximum of rows that are not scored: their exponentials are 0, not infinite.
 _HIGHEST = tl.constexpr(3.0e38)
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def exp_or_zero(x):
+    """exp(x), or 0 below 2^-126: two instructions where denormal results take five."""
+    return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit
@@ -42,7 +50,8 @@ def tanh_and_slope(x):
 @triton.jit
 def finish_logit(z, bias, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
     """The final logit of a product z, and the softcap's derivative there (1 without one)."""
-    z = z + bias
+    if bias is not None:
+        z = z + bias
     slope = tl.full(z.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
         z, slope = tanh_and_slope(z / softcap)
@@ -55,7 +64,13 @@ def load_bias(bias_ptr, index, mask, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         return tl.load(bias_ptr + index, mask=mask, other=0.0).to(tl.float32)
     else:
-        return 0.0
+        return None
+
+
+@triton.jit
+def load_block(z_row_R, wanted_R, column_B, columns):
+    mask_RB = wanted_R[:, None] & (column_B < columns)[None, :]
+    return tl.load(z_row_R[:, None] + column_B[None, :], mask=mask_RB, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -94,45 +109,58 @@ def _forward_kernel(
     z_stride, p_stride, state_stride, num_rows, columns, column_start, row_start,
     softcap, inv_temperature,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    HAS_P: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_P: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside_R = row_R < num_rows
     scored_R = inside_R & (row_start + row_R < tl.load(count_ptr))
     target_R = tl.load(target_ptr + row_R, mask=scored_R, other=-1) - column_start
     here_R = scored_R & (target_R >= 0) & (target_R < columns)
+    target_R = tl.where(here_R, target_R, -1).to(tl.int32)
     z_row_R = z_ptr + row_R * z_stride
     # Rows behind the scored ones are not read.
     end = tl.where(tl.max(scored_R.to(tl.int32), 0) > 0, columns, 0)
 
-    # Each lane runs its own online softmax, one exp per logit; lanes meet once, at the end.
-    max_RB = tl.full([ROWS, BLOCK], _LOWEST, tl.float32)
-    sum_RB = tl.zeros([ROWS, BLOCK], tl.float32)
-    weighted_RB = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, end, BLOCK):
+    # Almost all blocks are whole and hold no target: one branch for these, nothing per logit.
+    first_target = tl.min(tl.where(here_R, target_R, columns), 0)
+    last_target = tl.max(target_R, 0)
+    # Each lane runs its own online softmax: the maximum of its logits in a block first, then one
+    # exp for each of them and one to rescale. Lanes meet once, at the end.
+    max_RL = tl.full([ROWS, LANES], _LOWEST, tl.float32)
+    sum_RL = tl.zeros([ROWS, LANES], tl.float32)
+    weighted_RL = tl.zeros([ROWS, LANES], tl.float32)
+    # Copied to shared memory `STAGES` - 1 blocks ahead: loads into registers wait for their use.
+    for start in tl.range(0, end, BLOCK, num_stages=STAGES):
         column_B = start + tl.arange(0, BLOCK)
         mask_RB = scored_R[:, None] & (column_B < columns)[None, :]
         z = tl.load(z_row_R[:, None] + column_B[None, :], mask=mask_RB, other=0.0).to(tl.float32)
         bias = load_bias(bias_ptr, column_start + column_B, column_B < columns, HAS_BIAS)
         z, _ = finish_logit(z, bias, softcap, inv_temperature, HAS_SOFTCAP)
-        keep_RB = mask_RB & (column_B[None, :] != target_R[:, None])
-        higher_RB = z > max_RB
-        distance = -tl.abs(z - max_RB)
-        e = tl.exp(distance)
+        if (start + BLOCK > end) | ((first_target < start + BLOCK) & (last_target >= start)):
+            index_B = tl.arange(0, BLOCK)
+            keep_RB = (index_B < end - start)[None, :] & (
+                index_B[None, :] != target_R[:, None] - start
+            )
+            z = tl.where(keep_RB, z, -float("inf"))
+        # A lane's logits lie `LANES` columns apart, in one thread.
+        z_RSL = tl.reshape(z, [ROWS, BLOCK // LANES, LANES])
+        higher_RL = tl.maximum(max_RL, tl.max(z_RSL, 1))
+        moved_RL = max_RL - higher_RL
+        scale_RL = exp_or_zero(moved_RL)
+        distance = z_RSL - higher_RL[:, None, :]
+        e = exp_or_zero(distance)
         if HAS_ENTROPY:
-            moved = e * (weighted_RB + distance * sum_RB)
             # A masked logit, -inf, adds 0.
-            added = tl.where(e == 0.0, 0.0, e * distance)
-            moved = tl.where(higher_RB, moved, weighted_RB + added)
-            weighted_RB = tl.where(keep_RB, moved, weighted_RB)
-        moved = tl.where(higher_RB, sum_RB * e + 1.0, sum_RB + e)
-        sum_RB = tl.where(keep_RB, moved, sum_RB)
-        max_RB = tl.where(keep_RB & higher_RB, z, max_RB)
-    max_R = tl.max(max_RB, 1)
-    distance = max_RB - max_R[:, None]
-    scale_RB = tl.exp(distance)
-    sum_R = tl.sum(sum_RB * scale_RB, 1)
-    weighted_R = tl.sum(scale_RB * (weighted_RB + distance * sum_RB), 1)
+            added = e * tl.where(e == 0.0, 0.0, distance)
+            weighted_RL = scale_RL * (weighted_RL + moved_RL * sum_RL) + tl.sum(added, 1)
+        sum_RL = scale_RL * sum_RL + tl.sum(e, 1)
+        max_RL = higher_RL
+    max_R = tl.max(max_RL, 1)
+    distance = max_RL - max_R[:, None]
+    scale_RL = tl.exp(distance)
+    sum_R = tl.sum(sum_RL * scale_RL, 1)
+    weighted_R = tl.sum(scale_RL * (weighted_RL + distance * sum_RL), 1)
     new_max_R = fold_state(
         state_ptr, state_stride, row_R, scored_R, max_R, sum_R, weighted_R, HAS_ENTROPY
     )
@@ -148,13 +176,14 @@ def _forward_kernel(
             column_B = start + tl.arange(0, BLOCK)
             mask_RB = scored_R[:, None] & (column_B < columns)[None, :]
             z = tl.load(z_row_R[:, None] + column_B[None, :], mask=mask_RB, other=0.0)
+            # p may lie over z (half the bytes): all of this block must be read before it is
+            # written, and what is written lies before every block that is still to be read. Here,
+            # a barrier also has all loads of the block under way before the first is used.
+            tl.debug_barrier()
             bias = load_bias(bias_ptr, column_start + column_B, column_B < columns, HAS_BIAS)
             z, slope = finish_logit(z.to(tl.float32), bias, softcap, inv_temperature, HAS_SOFTCAP)
             keep_RB = mask_RB & (column_B[None, :] != target_R[:, None])
-            p = tl.where(keep_RB, tl.exp(z - shift_R[:, None]) * slope, 0.0)
-            # p may lie over z (half the bytes): all of this block must be read before it is
-            # written, and what is written lies before every block that is still to be read.
-            tl.debug_barrier()
+            p = tl.where(keep_RB, exp_or_zero(z - shift_R[:, None]) * slope, 0.0)
             p_RB = p_ptr + row_R[:, None] * p_stride + column_B[None, :]
             mask_RB = inside_R[:, None] & (column_B < columns)[None, :]
             tl.store(p_RB, narrow(p, p_ptr.dtype.element_ty), mask=mask_RB)
@@ -174,23 +203,26 @@ def _backward_kernel(
     # A row without upstream gradient (a saturated pair) is written, but not read.
     used_R = scored_R & (upstream_R != 0.0)
     target_R = tl.load(target_ptr + row_R, mask=scored_R, other=-1) - column_start
+    target_R = tl.where(target_R < columns, target_R, -1).to(tl.int32)
     coefficient_R = tl.load(coefficient_ptr + row_R, mask=used_R, other=0.0)
     max_R = tl.load(max_ptr + row_R, mask=used_R, other=_HIGHEST)
     logsum_R = tl.load(logsum_ptr + row_R, mask=used_R, other=0.0)
+    z_row_R = z_ptr + row_R * z_stride
+    following = load_block(z_row_R, used_R, tl.arange(0, BLOCK), columns)
     for start in range(0, columns, BLOCK):
         column_B = start + tl.arange(0, BLOCK)
         in_tile_B = column_B < columns
-        mask_RB = used_R[:, None] & in_tile_B[None, :]
-        z_RB = z_ptr + row_R[:, None] * z_stride + column_B[None, :]
-        z = tl.load(z_RB, mask=mask_RB, other=0.0).to(tl.float32)
+        z = following
+        # One block ahead: under way while this block is computed and stored.
+        following = load_block(z_row_R, used_R, column_B + BLOCK, columns)
+        tl.debug_barrier()  # dz may lie over z, as p above
         bias = load_bias(bias_ptr, column_start + column_B, in_tile_B, HAS_BIAS)
         z, slope = finish_logit(z, bias, softcap, inv_temperature, HAS_SOFTCAP)
         # The maximum first: an offset common to all logits must not eat the fraction.
-        p = tl.exp((z - max_R[:, None]) - logsum_R[:, None])
+        p = exp_or_zero((z - max_R[:, None]) - logsum_R[:, None])
         is_target_RB = column_B[None, :] == target_R[:, None]
         # 0 in rows that are not used: their upstream, coefficient and p are.
         dz = tl.where(is_target_RB, coefficient_R[:, None], -upstream_R[:, None] * p) * slope
-        tl.debug_barrier()  # dz may lie over z, as p above
         dz_RB = dz_ptr + row_R[:, None] * dz_stride + column_B[None, :]
         stored_RB = inside_R[:, None] & in_tile_B[None, :]
         tl.store(dz_RB, narrow(dz, dz_ptr.dtype.element_ty), mask=stored_RB)
@@ -249,11 +281,13 @@ def forward_rows(
     shape = shapes.rows if p is None else shapes.rows_twice
     (num_rows, columns), (row_start, column_start) = z.shape, start
     bias, scales, flags = head_flags(z, head)
+    itemsize = min(z.element_size(), (z if p is None else p).element_size())
     _forward_kernel[(triton.cdiv(num_rows, shape.rows),)](
         z, z if p is None else p, bias, scored.target_T, scored.num_scored, state, z.stride(0),
         0 if p is None else p.stride(0), state.stride(0), num_rows, columns, column_start,
         row_start, *scales, **flags, HAS_ENTROPY=entropy, HAS_P=p is not None, ROWS=shape.rows,
-        BLOCK=shape.block, num_warps=shape.num_warps,
+        BLOCK=shape.block, LANES=shape.lanes(itemsize), STAGES=shape.stages,
+        num_warps=shape.num_warps,
     )  # fmt: skip
 
 
