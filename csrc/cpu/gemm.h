@@ -119,19 +119,4 @@ void pack_rows(const Source<In>& source, int64_t first, int64_t rows, int64_t co
   }
 }
 
-// out[j, i] = in[i, j] for an in-core matrix.
-template <typename T>
-void transpose(const T* in, int64_t rows, int64_t columns, int64_t ld_in, T* out, int64_t ld_out) {
-  constexpr int64_t block = 16;
-  for (int64_t i0 = 0; i0 < rows; i0 += block) {
-    const int64_t i1 = std::min(i0 + block, rows);
-    for (int64_t j0 = 0; j0 < columns; j0 += block) {
-      const int64_t j1 = std::min(j0 + block, columns);
-      for (int64_t j = j0; j < j1; ++j) {
-        for (int64_t i = i0; i < i1; ++i) out[j * ld_out + i] = in[i * ld_in + j];
-      }
-    }
-  }
-}
-
 }  // namespace bvpo

@@ -14,6 +14,7 @@
 
 #include "gemm.h"
 #include "rows.h"
+#include "transpose.h"
 
 namespace bvpo {
 
@@ -56,6 +57,8 @@ class Buffer {
     } else {
       p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       if (p == MAP_FAILED) p = nullptr;
+      // Pages of 4 KiB would cost more to fault in, once per call, than to fill with logits.
+      else madvise(p, bytes, MADV_HUGEPAGE);
     }
     if (!p) throw std::bad_alloc();
     return static_cast<T*>(p);
