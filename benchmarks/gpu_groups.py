@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import head_cases
 from benchmarks.groups import logprobs, stats, tail
-from benchmarks.groups.logprobs import Inputs, differentiate
+from benchmarks.head_cases import Inputs, differentiate
 from benchmarks.peers import head
 from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row
 from bvpo_kernels import linear_logprobs
@@ -46,11 +47,11 @@ STATS_SHAPE = {**stats.SMOLLM2, "R": 2048, "B": 4}
 
 @functools.lru_cache(maxsize=1)
 def _inputs(tokens: int, dim: int, vocab: int, dtype: torch.dtype, device: str) -> Inputs:
-    """As `logprobs.make_inputs`, drawn on the device: at these sizes the host takes minutes."""
+    """As `head_cases.make_inputs`, drawn on the device: at these sizes the host takes minutes."""
     generator = torch.Generator(device).manual_seed(0)
     on: dict[str, Any] = {"generator": generator, "device": device}
     hidden_TD = torch.randn(tokens, dim, **on)
-    weight_VD = torch.randn(vocab, dim, **on) * logprobs.WEIGHT_STD
+    weight_VD = torch.randn(vocab, dim, **on) * head_cases.WEIGHT_STD
     target_T = ((vocab + 1.0) ** torch.rand(tokens, **on) - 1).long().clamp_(0, vocab - 1)
     gain_T = 1.5 * math.log(vocab) * torch.rand(tokens, **on)
     towards_TD = weight_VD[target_T]
@@ -115,7 +116,7 @@ def head_group(device: str, tokens: tuple[int, ...], hidden_sizes: tuple[int, ..
     )
     return Group(
         name="gpu-logprobs", title="the LM head on a GPU", cases=cases, quick=cases[:3],
-        rows=_head_rows(), make_inputs=_head_inputs, gate=logprobs.gate, tiny=logprobs.tiny,
+        rows=_head_rows(), make_inputs=_head_inputs, gate=head_cases.gate, tiny=head_cases.tiny,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import measure, records, registry, run, token_profiles, verify
+from benchmarks import head_cases, measure, records, registry, run, token_profiles, verify
 from benchmarks.groups import logprobs, tail
 from benchmarks.registry import Case, Group, Row
 
@@ -79,8 +79,8 @@ def _not_a_number(inputs, outputs):
 
 
 def _judge(row, case=SMALL):
-    inputs = logprobs.make_inputs(case)
-    gate = logprobs.gate(case, inputs)
+    inputs = head_cases.make_inputs(case)
+    gate = head_cases.gate(case, inputs)
     return verify.judge(row.make(case, gate.inputs)(), gate)
 
 
@@ -145,7 +145,7 @@ def test_entropies_follow_the_published_profile():
     assert float((entropy > 0.672).float().mean()) == pytest.approx(0.2, abs=1e-3)
 
 
-@pytest.mark.parametrize("mode", logprobs.MODES)
+@pytest.mark.parametrize("mode", head_cases.MODES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("ignored", [0, 50])
 @pytest.mark.parametrize("row", ["naive", "trl-style", "eager"])
@@ -180,8 +180,8 @@ def test_gate_stops_wrong_rows(output, wrong):
 
 
 def test_gate_stops_a_row_that_leaves_an_output_out():
-    inputs = logprobs.make_inputs(SMALL)
-    gate = logprobs.gate(SMALL, inputs)
+    inputs = head_cases.make_inputs(SMALL)
+    gate = head_cases.gate(SMALL, inputs)
     outputs = logprobs.GROUP.baseline.make(SMALL, gate.inputs)()
     del outputs["dweight"]
     assert verify.judge(outputs, gate).failure == (
@@ -276,8 +276,8 @@ def test_tables(results, capsys):
 
 def test_a_yardstick_is_timed_without_a_gate():
     row = Row("gemm", lambda case, inputs: dict, yardstick="the GEMM alone")
-    inputs = logprobs.make_inputs(SMALL)
-    candidate = run.admit(row, SMALL, inputs, logprobs.gate(SMALL, inputs))
+    inputs = head_cases.make_inputs(SMALL)
+    candidate = run.admit(row, SMALL, inputs, head_cases.gate(SMALL, inputs))
     assert candidate.status == "yardstick: the GEMM alone"
     assert candidate.call is not None
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.groups import logprobs
-from benchmarks.groups.logprobs import QWEN25, SMOLLM2
+from benchmarks import head_cases
+from benchmarks.head_cases import QWEN25, SMOLLM2
 from benchmarks.peers import head, pair, stats
 from benchmarks.registry import Case, Gate, Group
 
@@ -28,16 +28,16 @@ _GATES: dict[str, Callable[[Case, Any], Gate]] = {pair.MODE: pair.gate, stats.MO
 
 
 def _make_inputs(case: Case) -> Any:
-    return _INPUTS.get(case.mode, logprobs.make_inputs)(case)
+    return _INPUTS.get(case.mode, head_cases.make_inputs)(case)
 
 
 def _gate(case: Case, inputs: Any) -> Gate:
-    return _GATES.get(case.mode, logprobs.gate)(case, inputs)
+    return _GATES.get(case.mode, head_cases.gate)(case, inputs)
 
 
 def _tiny(case: Case) -> Case:
     if case.mode != stats.MODE:
-        return logprobs.tiny(case)
+        return head_cases.tiny(case)
     return replace(case, shape={**case.shape, "R": 8, "D": 16})
 
 

@@ -15,9 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks import plot, token_profiles
-from benchmarks.groups import logprobs
-from benchmarks.groups.logprobs import Inputs
+from benchmarks import head_cases, plot, token_profiles
+from benchmarks.head_cases import Inputs
 from benchmarks.registry import Call, Case, Gate, Group, Outputs, Row
 from bvpo_kernels import linear_logprobs
 from bvpo_kernels.backends import MISSING
@@ -29,7 +28,7 @@ EXPONENTS = range(5, 13)
 def make_inputs(case: Case) -> Inputs:
     """Upstream gradients are +1 and -1, as DPO gives a batch of fresh pairs, up to a factor."""
     tokens, dim, vocab = (case.shape[key] for key in "TDV")
-    if case.mode == "smollm2" and vocab == logprobs.SMOLLM2["V"]:
+    if case.mode == "smollm2" and vocab == head_cases.SMOLLM2["V"]:
         hidden, weight, target = token_profiles.smollm2(tokens)
     else:
         profile = "reasoning" if case.mode == "smollm2" else case.mode
@@ -47,7 +46,7 @@ def _impl(case: Case) -> str:
     return "cpp" if case.device == "cpu" else "triton"
 
 
-def _forward(tolerance: float, impl: str) -> logprobs.Forward:
+def _forward(tolerance: float, impl: str) -> head_cases.Forward:
     def forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return linear_logprobs(hidden, weight, target, tail_tolerance=tolerance, impl=impl)
 
@@ -55,7 +54,7 @@ def _forward(tolerance: float, impl: str) -> logprobs.Forward:
 
 
 def _make(tolerance: float, case: Case, inputs: Inputs) -> Call:
-    return logprobs.differentiate(_forward(tolerance, _impl(case)), _trained(case), inputs)
+    return head_cases.differentiate(_forward(tolerance, _impl(case)), _trained(case), inputs)
 
 
 def _certified(tolerance: float, case: Case, inputs: Inputs) -> Call:
@@ -117,7 +116,7 @@ def _sparse_row(exponent: int) -> Row:
 
 def gate(case: Case, inputs: Inputs) -> Gate:
     """That of `logprobs`; upstream gradients there are +1 and -1 too."""
-    return logprobs.gate(_trained(case), inputs)
+    return head_cases.gate(_trained(case), inputs)
 
 
 def _values(frame: pd.DataFrame, case: str, metric: str) -> dict[str, float]:
@@ -170,25 +169,25 @@ GROUP = Group(
     name="tail",
     title="the certified sparse backward by tolerance, against the exact one and naive code",
     cases=(
-        _case(1024, logprobs.SMOLLM2, "smollm2", 3),
-        _case(512, logprobs.QWEN25, "peaked", 3),
-        _case(512, logprobs.QWEN25, "reasoning", 3),
-        _case(512, logprobs.QWEN25, "flat", 3),
+        _case(1024, head_cases.SMOLLM2, "smollm2", 3),
+        _case(512, head_cases.QWEN25, "peaked", 3),
+        _case(512, head_cases.QWEN25, "reasoning", 3),
+        _case(512, head_cases.QWEN25, "flat", 3),
     ),
     quick=(
-        _case(512, logprobs.SMOLLM2, "smollm2", 3),
+        _case(512, head_cases.SMOLLM2, "smollm2", 3),
         _case(512, {"D": 576, "V": 49_152}, "reasoning", 3),
     ),
     rows=(
-        Row("naive", lambda case, inputs: logprobs.differentiate(
-            logprobs.naive, _trained(case), inputs), facts=_profile),
+        Row("naive", lambda case, inputs: head_cases.differentiate(
+            head_cases.naive, _trained(case), inputs), facts=_profile),
         Row("exact", lambda case, inputs: _make(0.0, case, inputs),
             missing=lambda case: MISSING[_impl(case)]),
         *(_sparse_row(exponent) for exponent in EXPONENTS),
     ),
     make_inputs=make_inputs,
     gate=gate,
-    tiny=logprobs.tiny,
+    tiny=head_cases.tiny,
     memory=False,
     draw=draw,
 )  # fmt: skip

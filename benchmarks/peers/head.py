@@ -6,17 +6,16 @@ Inputs, gate and modes are those of the group "logprobs".
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.groups import logprobs
-from benchmarks.groups.logprobs import Forward, Inputs, differentiate, naive
+from benchmarks import head_cases
+from benchmarks.head_cases import Forward, Inputs, differentiate, naive
 from benchmarks.registry import Call, Case, Row, why_not
 from bvpo_kernels import IGNORE_INDEX, linear_logprobs
 
-MODES = logprobs.MODES
+MODES = head_cases.MODES
 # Vocabulary columns of a tile of TRL's function, as its trainers call it.
 TRL_COLUMNS = 32_768
 
@@ -49,8 +48,8 @@ def trl_selective(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     from trl.trainer.utils import selective_log_softmax
 
     scored = target != IGNORE_INDEX
-    logits = (hidden @ weight.T).unflatten(0, (logprobs.SEQUENCES, -1))
-    index = target.where(scored, 0).unflatten(0, (logprobs.SEQUENCES, -1))
+    logits = (hidden @ weight.T).unflatten(0, (head_cases.SEQUENCES, -1))
+    index = target.where(scored, 0).unflatten(0, (head_cases.SEQUENCES, -1))
     return selective_log_softmax(logits, index).flatten().where(scored, 0.0)
 
 
@@ -124,15 +123,15 @@ def trl_missing(_: Case) -> str:
 
 PEERS = (
     _row("torch.compile", lambda _: torch.compile(naive, dynamic=False), of_case=True,
-         predicted_bytes=logprobs.naive_bytes),
+         predicted_bytes=head_cases.naive_bytes),
     _row("TRL selective", trl_selective, package="trl", missing=trl_missing,
-         predicted_bytes=logprobs.trl_bytes),
+         predicted_bytes=head_cases.trl_bytes),
     _row("TRL chunked", trl_chunked, package="trl", missing=trl_missing),
     _row("cut-cross-entropy", _cce, package="cut-cross-entropy", of_case=True,
          missing=lambda _: why_not("cut-cross-entropy", "cut_cross_entropy"),
-         predicted_bytes=logprobs.naive_bytes),
+         predicted_bytes=head_cases.naive_bytes),
     _row("torch core", _torch_core(False), missing=_no_torch_core,
-         predicted_bytes=logprobs.naive_bytes),
+         predicted_bytes=head_cases.naive_bytes),
     _row("torch core chunked", _torch_core(True), missing=_no_chunks),
     _row("Liger", _liger, package="liger-kernel",
          missing=_on_gpu("liger-kernel", "liger_kernel.transformers.functional",
@@ -142,7 +141,12 @@ PEERS = (
                          "its kernels are CuTe's: a CUDA device of Hopper or later")),
 )  # fmt: skip
 ROWS = (
-    replace(logprobs.GROUP.baseline, modes=MODES),
+    Row(
+        "naive",
+        lambda case, inputs: differentiate(naive, case, inputs),
+        modes=MODES,
+        predicted_bytes=head_cases.naive_bytes,
+    ),
     *PEERS,
     _row("bvpo_kernels", linear_logprobs, package="bvpo_kernels"),
 )
