@@ -57,6 +57,25 @@ def test_forward_rows_over_any_tiles(widths, offset):
         assert max_error(value, expected) <= 2e-6 * max(1.0, float(expected.abs().max()))
 
 
+@pytest.mark.skipif(not backends.INTERPRETED, reason="configuration of the interpreter")
+@pytest.mark.parametrize("vocab", [511, 512, 513])
+def test_one_row_per_program(monkeypatch, vocab):
+    """As on a GPU: only blocks that are cut off or hold the row's own target drop a column."""
+    shapes = configs.CONFIGS["interpreter"]
+    alone = shapes._replace(rows=shapes.rows._replace(rows=1))
+    monkeypatch.setitem(configs.CONFIGS, "interpreter", alone)
+    z, _ = logits(7, vocab=vocab)
+    z -= 20.0  # columns behind the end, 0 when read, would weigh more
+    target_T = torch.tensor([0, 1, 255, 256, 257, 510, vocab - 1])
+    z[torch.arange(7), target_T] += 20.0  # and so would a target that is not left out
+    state = logprobs.new_state(7, z.device)
+    count = torch.tensor([7], dtype=torch.int32)
+    logprobs.forward_rows(z, Scored(target_T, count), state, (0, 0), PLAIN, entropy=True)
+    got = statistics(state, target_T, torch.zeros(vocab, 1))
+    for value, expected in zip(got, oracle(z, target_T), strict=True):
+        assert max_error(value, expected) <= 2e-6 * max(1.0, float(expected.abs().max()))
+
+
 # Blocks of the interpreter are of 256 columns: two whole ones and a half, and an odd one.
 @pytest.mark.parametrize("vocab", [640, 513])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,9 @@ G_e, 10 bytes with dW in bf16, 12 where it is added into, 12 and 16 with dW in f
 tiles the inner products are formed block by block, and the sum in a pass of its own.
 """
 
+# Kernels build tuples of registers in unrolled loops, which no static type of Python describes.
+# mypy: disable-error-code="assignment, var-annotated"
+
 from __future__ import annotations
 
 import torch
