@@ -1,18 +1,20 @@
 """`python -m benchmarks.gpu --out DIR`: everything that needs a GPU, in one command.
 
 Builds csrc/cuda, runs the tests marked `gpu`, measures what this GPU can do at most (copy
-bandwidth, bf16 matmul), then pair_reduce, the head's row kernels, the certified sparse backward, a
-step of SmolLM2-135M (random weights) with gradient statistics, and the LM head at T = 8192 and
-32 768, V = 151 936, D = 4096, 3584 and 1536 (scores only, frozen, trained), beside the peers that
-are installed. Takes at most `--minutes`: cases that are not begun by then are named, and left out.
-Writes a CSV and a figure of each group (gpu-pair-reduce, gpu-rows, gpu-tail, gpu-stats,
-gpu-logprobs), ceilings.csv, rates.csv and on an H100 or H200 lines.csv into DIR. Rows that are not
-installed, or do not fit in memory, are named in the tables; a row whose results differ from fp64 by
-more than naive code's is not timed.
+bandwidth, bf16 matmul), then pair_reduce, the head's row kernels, a pair's loss through the trained
+head in one pass, the certified sparse backward, a step of SmolLM2-135M (random weights) with
+gradient statistics, and the LM head at T = 8192 and 32 768, V = 151 936, D = 4096, 3584 and 1536
+(scores only, frozen, trained), beside the peers that are installed. Takes at most `--minutes`:
+cases that are not begun by then are named, and left out. Writes a CSV and a figure of each group
+(gpu-pair-reduce, gpu-rows, gpu-head-pairs, gpu-tail, gpu-stats, gpu-logprobs), ceilings.csv,
+rates.csv and on an H100 or H200 lines.csv into DIR. Rows that are not installed, or do not fit in
+memory, are named in the tables; a row whose results differ from fp64 by more than naive code's is
+not timed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -129,12 +131,26 @@ def lines(table: pd.DataFrame) -> pd.DataFrame:
                 rows.append(
                     (f"{mode}: ms, {peer}", f"<= {theirs:.3g}", best["ms"], best["ms"] <= theirs)
                 )
+    rows += _pair_lines(table)
     shares = table[(table["unit"] == "GB/s") & table["row"].isin(gpu_groups.REDUCING)]
     for case, share in shares.groupby("case", sort=False)["share_of_ceiling"].max().items():
         rows.append(
             (f"{case}: share of copy", f">= {LINE_COPY_SHARE}", share, share >= LINE_COPY_SHARE)
         )
     return pd.DataFrame(rows, columns=["line", "limit", "measured", "holds"])
+
+
+def _pair_lines(table: pd.DataFrame) -> list[tuple[str, str, float, bool]]:
+    from benchmarks import gpu_pairs
+
+    found = []
+    for case, line in gpu_pairs.LINES.items():
+        for _, row in table[(table["case"] == case) & (table["row"] == line.row)].iterrows():
+            for name, limit in (("ms", line.most_ms), ("extra_mib", line.most_mib)):
+                if limit is not None and math.isfinite(limit):
+                    label = f"{case} {line.row}: {name.replace('extra_mib', 'extra MiB')}"
+                    found.append((label, f"<= {limit:.4g}", row[name], row[name] <= limit))
+    return found
 
 
 def _run(*command: str, **environment: str) -> int:
@@ -165,7 +181,7 @@ def measure(out: Path, quick: bool, until: float, only: str = "") -> None:
     """Time the groups whose name matches `only`, write CSV and PNG, and print rates and lines; no
     case but a group's first begins at `until`."""
     # Imported here: the backends are looked for at import, after the build.
-    from benchmarks import gpu_groups, gpu_rows, records, run
+    from benchmarks import gpu_groups, gpu_pairs, gpu_rows, records, run
 
     ceilings = measure_ceilings()
     out.mkdir(parents=True, exist_ok=True)
@@ -180,6 +196,7 @@ def measure(out: Path, quick: bool, until: float, only: str = "") -> None:
     groups = (
         gpu_groups.pair_reduce_group("cuda"),
         gpu_rows.rows_group("cuda"),
+        gpu_pairs.pairs_group("cuda"),
         gpu_groups.tail_group("cuda"),
         gpu_groups.stats_group("cuda"),
         gpu_groups.head_group("cuda", tokens, sizes),

@@ -31,7 +31,7 @@ VOCAB = 151_936
 MODES = ("scores", "frozen", "trained")
 # FLOPs per T V D that a mode needs: what TFLOP/s are counted from. A recomputing backward
 # runs 8 where 6 are needed; recomputation is not credited.
-NEEDED_FLOPS = {"scores": 2, "frozen": 4, "trained": 6}
+NEEDED_FLOPS = {"scores": 2, "frozen": 4, "trained": 6, "dpo": 6}
 GATE_ROW_STRIDE = 997
 UNFUSED_BYTES = 2**29
 COMPILING = ("torch.compile", "cut-cross-entropy", "QuACK")
@@ -60,7 +60,8 @@ def _inputs(tokens: int, dim: int, vocab: int, dtype: torch.dtype, device: str) 
     return Inputs(hidden_TD.to(dtype), weight_VD.to(dtype), target_T, upstream_T)
 
 
-def _head_inputs(case: Case) -> Inputs:
+def head_inputs(case: Case) -> Inputs:
+    """Of a case of the head, kept while the next case has the same."""
     return _inputs(*(case.shape[key] for key in "TDV"), case.torch_dtype, case.device)
 
 
@@ -116,7 +117,7 @@ def head_group(device: str, tokens: tuple[int, ...], hidden_sizes: tuple[int, ..
     )
     return Group(
         name="gpu-logprobs", title="the LM head on a GPU", cases=cases, quick=cases[:3],
-        rows=_head_rows(), make_inputs=_head_inputs, gate=head_cases.gate, tiny=head_cases.tiny,
+        rows=_head_rows(), make_inputs=head_inputs, gate=head_cases.gate, tiny=head_cases.tiny,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from benchmarks import gpu, gpu_groups, gpu_rows, records, run, verify
+from benchmarks import gpu, gpu_groups, gpu_pairs, gpu_rows, records, run, verify
 from benchmarks.registry import Case
 from bvpo_kernels import backends
 
@@ -66,6 +66,16 @@ def test_the_gate_of_the_rows_rejects_a_wrong_kernel(mode):
     wrong_T[97] = (wrong_T[97] + 1) % 700
     outputs = group.row("triton").make(case, gate.inputs._replace(target_T=wrong_T))()
     assert "max error" in verify.judge(outputs, gate).failure
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="the kernels run on a CPU interpreted")
+def test_pairs_group_gates_and_times():
+    """Statistics of the one pass and of tiles that are computed again, too."""
+    group = gpu_pairs.pairs_group("cpu", vocab=300, shrink=128)
+    for case in group.quick:
+        states = statuses(run.run_case(group, case, 1, tqdm(disable=True)))
+        for row in ("naive", "one pass", "tiles again", "one pass + statistics"):
+            assert states[row] == "ok", (row, states[row])
 
 
 def test_tail_group_gates_and_times():
@@ -137,6 +147,8 @@ def test_lines_say_what_holds():
             row(scores, "Liger", 16.0),
             row(scores, "TRL chunked", 40.0),
             row(frozen, "triton", 37.0, extra=1025.0),
+            row(gpu_pairs.headline().name, "one pass", 46.0, extra=7000.0),
+            row(gpu_pairs.unit().name, "one pass + statistics", 46.5),
             row("V=1 pair_reduce", "cuda", 1.0, 0.84, unit="GB/s"),
             row("V=1 pair_reduce", "triton", 1.0, 0.86, unit="GB/s"),
         ],
@@ -150,6 +162,9 @@ def test_lines_say_what_holds():
         "scores: ms, TRL chunked": True,
         "frozen: ms": False,
         "frozen: extra MiB": False,
+        "T=8192 D=4096 V=151936 bf16 dpo cuda one pass: ms": True,
+        "T=8192 D=4096 V=151936 bf16 dpo cuda one pass: extra MiB": False,
+        "T=17408 E=1024 D=1536 V=151936 bf16 dpo cuda one pass + statistics: ms": False,
         "V=1 pair_reduce: share of copy": True,
     }
 
@@ -185,7 +200,7 @@ def test_only_the_named_groups_are_measured(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(run, "run_group", run_group)
-    gpu.measure(tmp_path, quick=True, until=0.0, only="pair|tail")
+    gpu.measure(tmp_path, quick=True, until=0.0, only="pair-reduce|tail")
     assert measured == ["gpu-pair-reduce", "gpu-tail"]
     with pytest.raises(ValueError, match=r"only: 'nothing' matches none of .*'gpu-stats'"):
         gpu.measure(tmp_path, quick=True, until=0.0, only="nothing")

@@ -18,7 +18,7 @@ from transformers import (
 
 from bvpo_kernels import GradStats, bvpo_loss, pack
 from bvpo_kernels.integrations import scoring
-from bvpo_kernels.integrations.scoring import score_batch
+from bvpo_kernels.integrations.scoring import loss_batch, score_batch
 from bvpo_kernels.integrations.transformers import patch_model
 
 
@@ -51,6 +51,29 @@ def test_equals_the_models_own_logits(family, mode):
     assert model.training == (mode == "train")
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_of_a_batch_is_that_of_its_scores(tied, loss):
+    """Its gradients and statistics too, whether the head takes one pass or computes tiles again."""
+    found = []
+    for one_pass in (True, False):
+        model, batch = patched(tied=tied), pack(cases.units(2))
+        reference_S = score_batch(model, batch).detach() + 0.5
+        stats = GradStats(model)
+        with stats.collect(batch):
+            if one_pass:
+                result = loss_batch(model, batch, reference_S, 0.3, loss=loss, beta=0.7)
+                assert result.one_pass == (loss == "dpo")
+            else:
+                scores_S = score_batch(model, batch)
+                result = bvpo_loss(scores_S, reference_S, batch, 0.3, loss=loss, beta=0.7)
+            result.loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        found.append([result.loss.detach(), stats.result().gram_BKK, *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
 def test_models_with_positions_of_their_own():
     config = GPT2Config(vocab_size=cases.VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     model, batch = GPT2LMHeadModel(config).double().eval(), pack(cases.units())
@@ -75,6 +98,8 @@ def test_models_that_are_wrapped():
     model, batch = patched(), pack(cases.units())
     expected = score_batch(model, batch)
     assert torch.equal(score_batch(Wrapped(model), batch), expected)
+    scores_S = loss_batch(Wrapped(model), batch, expected, 0.5).scores_S
+    torch.testing.assert_close(scores_S, expected.detach())
     peft = pytest.importorskip("peft", reason="peft is not installed")
     lora = peft.get_peft_model(cases.model(), peft.LoraConfig(target_modules=["q_proj"]))
     patch_model(lora)

@@ -1,8 +1,11 @@
-"""`score_batch`: log pi(y | x) of every response of a packed batch, under a patched model."""
+"""`score_batch`: log pi(y | x) of every response of a packed batch, under a patched model;
+`loss_batch`: their BVPO loss."""
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bvpo_kernels.grad_stats.modules import in_mode
+from bvpo_kernels.head import linear_bvpo_loss
 from bvpo_kernels.packing import segment_sum
-from bvpo_kernels.types import PackedBatch
+from bvpo_kernels.types import BVPOLoss, PackedBatch
 
 # Models that were seen to keep segments apart, and the attention that did.
 _checked: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -38,6 +42,38 @@ def score_batch(model: nn.Module, batch: PackedBatch) -> Tensor:
         ValueError: naming the model's class: it mixes segments (state-space layers, absolute
             positions), or the batch is on another device.
     """
+    _require(model, batch)
+    target_1T = batch.target_T[None]
+    out = _call(model, batch.tokens_T, batch.position_ids_T, shift_labels=target_1T)
+    return segment_sum(out.log_probs[0], batch.cu_seqlens)
+
+
+def loss_batch(
+    model: nn.Module,
+    batch: PackedBatch,
+    ref_scores_S: Tensor | None,
+    alpha: float | Tensor | Mapping[str, float | Tensor],
+    **mixture: Any,
+) -> BVPOLoss:
+    """bvpo_loss(score_batch(model, batch), ref_scores_S, batch, alpha, ...), the gradients of a
+    trained head being formed with the scores where that serves (`linear_bvpo_loss`).
+
+    Args:
+        model, batch: as in `score_batch`.
+        ref_scores_S, alpha, mixture: of `linear_bvpo_loss`, but what concerns the head.
+
+    Raises:
+        TypeError, ValueError: as `score_batch` and `linear_bvpo_loss`.
+    """
+    _require(model, batch)
+    loss = functools.partial(
+        linear_bvpo_loss, batch=batch, ref_scores_S=ref_scores_S, alpha=alpha, **mixture
+    )
+    return _call(model, batch.tokens_T, batch.position_ids_T, pair_loss=loss).pair_loss
+
+
+def _require(model: nn.Module, batch: PackedBatch) -> None:
+    """A model that keeps the segments of a batch apart, on the batch's device."""
     bare = _unwrapped(model)
     weight, device = next(bare.parameters()), batch.tokens_T.device
     # Sharded and offloaded weights may rest elsewhere than they are used.
@@ -50,8 +86,6 @@ def score_batch(model: nn.Module, batch: PackedBatch) -> Tensor:
     if bare not in _checked or _checked[bare] != attention:
         require_separate_segments(bare)
         _checked[bare] = attention
-    logprobs_1T = _call(model, batch.tokens_T, batch.position_ids_T, batch.target_T)
-    return segment_sum(logprobs_1T[0], batch.cu_seqlens)
 
 
 def _unwrapped(model: nn.Module) -> Any:
@@ -78,25 +112,24 @@ def _not_patched(model: nn.Module) -> TypeError:
     )
 
 
-def _call(model: Any, tokens_T: Tensor, position_ids_T: Tensor, target_T: Tensor) -> Tensor:
-    """[1, T] log-probabilities of the targets."""
+def _call(model: Any, tokens_T: Tensor, position_ids_T: Tensor, **asked: Any) -> Any:
+    """The output of the patched head; `asked`: labels, or a loss."""
     try:
         out = model(
             input_ids=tokens_T[None],
             position_ids=position_ids_T[None],
             attention_mask=None,
             use_cache=False,
-            shift_labels=target_T[None],
             fused_lm_head=True,
+            **asked,
         )
     except TypeError as error:
-        if "fused_lm_head" in str(error):
+        if "fused_lm_head" in str(error) or "pair_loss" in str(error):
             raise _not_patched(model) from error
         raise
-    logprobs_1T = getattr(out, "log_probs", None)
-    if logprobs_1T is None:
+    if getattr(out, "log_probs", None) is None and getattr(out, "pair_loss", None) is None:
         raise _not_patched(model)
-    return logprobs_1T
+    return out
 
 
 @torch.no_grad()
@@ -122,7 +155,8 @@ def require_separate_segments(model: Any, training: bool = False) -> None:
     first, second = slice(0, _SHORT), slice(_SHORT, None)
 
     def score(tokens_T: Tensor, rows: slice) -> Tensor:
-        return _call(model, tokens_T[rows], positions_T[rows], ids_T[rows])[0]
+        out = _call(model, tokens_T[rows], positions_T[rows], shift_labels=ids_T[rows][None])
+        return out.log_probs[0]
 
     with in_mode(model, training):
         packed_T, seen_T = score(ids_T, slice(None)), score(other_T, slice(None))

@@ -7,7 +7,7 @@ Source of the contract, `model(..., labels=labels, fused_lm_head=True).log_probs
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from bvpo_kernels.integrations.logit_transform import (
     probe_ids,
     rounding,
 )
-from bvpo_kernels.types import IGNORE_INDEX
+from bvpo_kernels.types import IGNORE_INDEX, BVPOLoss
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits")
 
@@ -40,7 +40,8 @@ class FusedHeadOutput(ModelOutput):
     loss: minus the sum of `log_probs`, divided by `num_items_in_batch` or by the number of scored
         tokens. log_probs, entropy, mean_logits: fp32, [B, L - 1], or [B, L] with `shift_labels`;
         the last two without a gradient and only if they were asked for. label_mask: where a label
-        is not -100, same shape.
+        is not -100, same shape. pair_loss: of a call that was given one, and then alone with its
+        `loss`.
     """
 
     loss: Tensor | None = None
@@ -48,6 +49,7 @@ class FusedHeadOutput(ModelOutput):
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     label_mask: Tensor | None = None
+    pair_loss: BVPOLoss | None = None
 
 
 class PatchedModel:
@@ -126,7 +128,9 @@ def patch_model(
         patch_model(model)
         logp = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs     # [B, L - 1]
 
-    A call may say how many labels are scored at most, `max_scored` of `linear_logprobs`.
+    A call may say how many labels are scored at most, `max_scored` of `linear_logprobs`. Or, in the
+    place of labels, what is made of the head and its input: `pair_loss`, a function that takes the
+    arguments of `linear_bvpo_loss` that these are, by name (`integrations.scoring.loss_batch`).
 
     Without `fused_lm_head=True` the model's own forward runs, so generation is as before. Head and
     backbone are looked up at every call: LoRA on the head (peft, `LinearHead`), weights that FSDP2
@@ -245,9 +249,10 @@ def _call(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Any = None,
     max_scored: int | None = None,
+    pair_loss: Callable[..., BVPOLoss] | None = None,
     **kwargs: Any,
 ) -> Any:
-    labelled = labels is not None or shift_labels is not None
+    labelled = labels is not None or shift_labels is not None or pair_loss is not None
     if not (patch.always and labelled if fused_lm_head is None else fused_lm_head):
         given = {
             "labels": labels,
@@ -258,19 +263,49 @@ def _call(
         return own(*args, **kwargs)
     if not labelled:
         raise ValueError("labels: fused_lm_head=True expects labels or shift_labels, got none")
+    _refuse_router_loss(model, kwargs)
+    kwargs["use_cache"] = False
+    hidden = backbone(model)(*args, **kwargs).last_hidden_state
+    if pair_loss is not None:
+        return _pair_loss(model, hidden, pair_loss, patch.options)
+    call = patch.options._replace(max_scored=max_scored)
+    return _score(model, hidden, labels, shift_labels, num_items_in_batch, call)
+
+
+def _refuse_router_loss(model: Any, kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("output_router_logits") or _routes(model.config):
         raise ValueError(
             f"output_router_logits: the fused head of {type(model).__name__} computes no loss "
             f"of its router; set it to False"
         )
-    kwargs["use_cache"] = False
-    hidden = backbone(model)(*args, **kwargs).last_hidden_state
-    call = patch.options._replace(max_scored=max_scored)
-    return _score(model, hidden, labels, shift_labels, num_items_in_batch, call)
 
 
 def _routes(config: Any) -> bool:
     return bool(getattr(config.get_text_config(), "output_router_logits", False))
+
+
+def _pair_loss(
+    model: Any, hidden_BTD: Tensor, loss: Callable[..., BVPOLoss], options: _Options
+) -> FusedHeadOutput:
+    name = type(model).__name__
+
+    def call(hidden_BTD: Tensor) -> BVPOLoss:
+        head = read_head(model.get_output_embeddings(), name)
+        return loss(**_head_call(head.first_rows(options.transform.vocab), hidden_BTD, options))
+
+    result = call_with_hooks(model.get_output_embeddings(), call, hidden_BTD)
+    return FusedHeadOutput(loss=result.loss, pair_loss=result)
+
+
+def _head_call(head: LinearHead, hidden_BLD: Tensor, options: _Options) -> Any:
+    """The head and what it is asked for, by the names of the head functions' arguments."""
+    return {
+        **head.inputs(hidden_BLD.flatten(0, 1)),
+        "temperature": options.transform.temperature * options.temperature,
+        "softcap": options.transform.softcap,
+        "workspace_bytes": options.workspace_bytes,
+        "impl": options.impl,
+    }
 
 
 def _score(
@@ -311,19 +346,15 @@ def _score(
 def _fields(
     head: LinearHead, hidden_BLD: Tensor, target_BL: Tensor, options: _Options
 ) -> dict[str, Tensor]:
-    transform = options.transform
     hidden_TD, target_T = hidden_BLD.flatten(0, 1), target_BL.flatten().to(hidden_BLD.device)
-    temperature = transform.temperature * options.temperature
-    entropy = "entropy" in options.outputs
-    asked: dict[str, Any] = head.inputs(hidden_TD) | {"return_entropy": entropy}
-    result = linear_logprobs(
-        target=target_T, **asked, temperature=temperature, softcap=transform.softcap,
-        workspace_bytes=options.workspace_bytes, max_scored=options.max_scored, impl=options.impl,
-    )  # fmt: skip
+    entropy, call = "entropy" in options.outputs, _head_call(head, hidden_BLD, options)
+    result: Any = linear_logprobs(
+        target=target_T, max_scored=options.max_scored, return_entropy=entropy, **call
+    )
     names = ("log_probs", "entropy")
     fields = dict(zip(names, result if entropy else (result,), strict=False))
     if "mean_logits" in options.outputs:
-        mean_T = head.mean_logits(hidden_TD) / temperature
+        mean_T = head.mean_logits(hidden_TD) / call["temperature"]
         fields["mean_logits"] = mean_T.masked_fill(target_T == IGNORE_INDEX, 0)
     return {name: value_T.view(target_BL.shape) for name, value_T in fields.items()}
 

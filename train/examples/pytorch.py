@@ -6,8 +6,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bvpo_kernels import AlphaEstimator, GradStats, TokenPair, Unit, bvpo_loss, pack
-from bvpo_kernels.integrations.scoring import score_batch
+from bvpo_kernels import AlphaEstimator, GradStats, TokenPair, Unit, pack
+from bvpo_kernels.integrations.scoring import loss_batch, score_batch
 from bvpo_kernels.integrations.transformers import patch_model
 
 STEPS, UNITS = 6, 4
@@ -47,8 +47,7 @@ def main() -> list[float]:
     for step in range(STEPS):
         alpha = estimator.value()
         with stats.collect(batch):
-            scores = score_batch(model, batch)
-            result = bvpo_loss(scores, reference, batch, alpha, loss="dpo", beta=0.1)
+            result = loss_batch(model, batch, reference, alpha, loss="dpo", beta=0.1)
             result.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from bvpo_kernels import TokenPair, Unit, bvpo_loss, pack
-from bvpo_kernels.integrations.scoring import score_batch
+from bvpo_kernels import TokenPair, Unit, pack
+from bvpo_kernels.integrations.scoring import loss_batch, score_batch
 from bvpo_kernels.integrations.transformers import patch_model
 
 ALPHA = 0.5
@@ -51,7 +51,7 @@ class PairTrainer(Trainer):
         batch = inputs["packed"].to(self.args.device)
         with torch.no_grad():
             reference = score_batch(self.reference, batch)
-        loss = bvpo_loss(score_batch(model, batch), reference, batch, ALPHA).loss
+        loss = loss_batch(model, batch, reference, ALPHA).loss
         return (loss, {}) if return_outputs else loss
 
 
