@@ -297,7 +297,7 @@ def _pair_loss(
     return FusedHeadOutput(loss=result.loss, pair_loss=result)
 
 
-def _head_call(head: LinearHead, hidden_BLD: Tensor, options: _Options) -> Any:
+def _head_call(head: LinearHead, hidden_BLD: Tensor, options: _Options) -> dict[str, Any]:
     """The head and what it is asked for, by the names of the head functions' arguments."""
     return {
         **head.inputs(hidden_BLD.flatten(0, 1)),
@@ -347,10 +347,9 @@ def _fields(
     head: LinearHead, hidden_BLD: Tensor, target_BL: Tensor, options: _Options
 ) -> dict[str, Tensor]:
     hidden_TD, target_T = hidden_BLD.flatten(0, 1), target_BL.flatten().to(hidden_BLD.device)
-    entropy, call = "entropy" in options.outputs, _head_call(head, hidden_BLD, options)
-    result: Any = linear_logprobs(
-        target=target_T, max_scored=options.max_scored, return_entropy=entropy, **call
-    )
+    entropy = "entropy" in options.outputs
+    call = _head_call(head, hidden_BLD, options) | {"return_entropy": entropy}
+    result = linear_logprobs(target=target_T, max_scored=options.max_scored, **call)
     names = ("log_probs", "entropy")
     fields = dict(zip(names, result if entropy else (result,), strict=False))
     if "mean_logits" in options.outputs:

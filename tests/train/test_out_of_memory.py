@@ -49,7 +49,7 @@ def test_advice_is_judged_from_the_configuration(tmp_path):
     first, *rest = advice(cfg, 1)
     assert first.startswith("train.checkpoint_layers 1")
     assert any("train.tokens_per_micro_batch below 4096" in text for text in rest)
-    assert any("train.head_workspace_mib below 128" in text for text in rest)
+    assert any("train.head_workspace_mib 128: " in text for text in rest)
     assert any("more ranks" in text for text in rest)
     assert not any("parallel." in text for text in rest)
     cfg.train.checkpoint_layers, cfg.train.head_workspace_mib = 1, 32

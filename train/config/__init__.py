@@ -235,10 +235,11 @@ class TrainConfig:
     holdout: share of the units kept for evaluation.
     checkpoint_layers: n recomputes every n-th decoder layer in the backward (1: all of them)
     instead of keeping its activations, null keeps all. eval_every: steps between evaluations; null:
-    before the first and after the last. head_impl: `impl` of `linear_logprobs`.
-    head_workspace_mib: the LM head's temporary memory; null: the default of `linear_logprobs`, more
-    on a GPU. tail_tolerance: that of `linear_logprobs`, 0
-    being the exact backward (which runs too while `alpha.estimate` measures the head).
+    before the first and after the last. head_impl: `impl` of `linear_bvpo_loss`.
+    head_workspace_mib: the LM head's temporary memory; null: what its one pass takes, two fp32
+    gradients of its weight and the logits of some rows (`linear_bvpo_loss`). tail_tolerance: that
+    of `linear_logprobs`, 0 being the exact backward (which runs too while `alpha.estimate` measures
+    the head).
     liger: RMSNorm, RoPE and SwiGLU of liger-kernel on a GPU, "auto" where it is installed.
     measure_head_memory: at the end, compare the head's memory with a naive head's.
     """

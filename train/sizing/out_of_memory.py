@@ -68,10 +68,16 @@ def advice(cfg: RunConfig, ranks: int) -> list[str]:
         f"train.tokens_per_micro_batch below {train.tokens_per_micro_batch}: activations are in "
         f"proportion to it, down to the longest unit"
     )
-    default = default_workspace("cuda" if torch.cuda.is_available() else "cpu") // MIB
-    workspace = train.head_workspace_mib or default
-    if workspace > 64:
-        found.append(f"train.head_workspace_mib below {workspace}: the LM head's own memory")
+    small = default_workspace("cpu") // MIB
+    if train.head_workspace_mib is None:
+        found.append(
+            f"train.head_workspace_mib {small}: the LM head computes tiles of logits again, a third "
+            f"more of its FLOPs, in the place of two fp32 gradients of its weight"
+        )
+    elif train.head_workspace_mib > 64:
+        found.append(
+            f"train.head_workspace_mib below {train.head_workspace_mib}: the LM head's own memory"
+        )
     if ranks > 1 and not parallel.reshard_after_forward:
         found.append("parallel.reshard_after_forward true frees gathered layers")
     if ranks > 1 and not parallel.sync_every_micro_batch:
