@@ -5,14 +5,18 @@ A run on CPU tensors dispatches none of the operators that read a tensor's value
 """
 
 import functools
+from unittest.mock import patch
 
 import pytest
 import torch
 from logprob_cases import Case
+from pair_loss_cases import Case as PairCase
+from pair_loss_cases import call as pair_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bvpo_kernels import backends
-from bvpo_kernels.call import Call, Inputs, Kept, Need
+from bvpo_kernels import backends, checks, ops
+from bvpo_kernels.call import Call, Inputs, Kept, Need, Pairs, cut
+from bvpo_kernels.ops import pair_loss
 from bvpo_kernels.ops.head import SERVING
 
 # Operators whose result, or its size, the host must know.
@@ -85,6 +89,23 @@ def _sparse():
     _run(case, call, False, (True, True, False))
 
 
+def _one_pass():
+    """Forward with statistics' tiles and the backward's scaling; checks are assertions there."""
+    case = PairCase(torch.bfloat16, bias=True, rank=2)
+    asked = []
+    run = ops.linear_pair_loss
+    with patch.object(ops, "linear_pair_loss", lambda *args: asked.append(args) or run(*args)):
+        inputs = {name: t.requires_grad_() for name, t in case.inputs().items()}
+        pair_call(case, inputs, case.ref_scores(), one_pass=True, impl="triton")
+    given, _, pairs, need = cut(asked[0], Inputs, Call, Pairs, Need)
+    with patch.object(checks, "require"), torch.no_grad(), NoWaiting():
+        _, _, *formed = pair_loss.run_pairs(*asked[0])
+        gradients = pair_loss.gradients(
+            torch.ones(()), pairs.cu_seqlens, tuple(formed), pair_loss.shapes_of(given), need
+        )
+    assert sum(gradient is not None for gradient in gradients) == 5
+
+
 def _sums():
     from bvpo_kernels.backends.triton import grad_stats, packing
 
@@ -103,6 +124,7 @@ CALLS = {
     "trained": functools.partial(_head, False, True, 1 << 16),
     "trained, bounded": functools.partial(_head, False, True, 1 << 24, 28),
     "sparse": _sparse,
+    "one pass": _one_pass,
     "sums": _sums,
 }
 

@@ -7,7 +7,7 @@ import torch
 from pair_loss_cases import Case, call, compare, run, units
 from test_logprobs import IMPLS
 
-from bvpo_kernels import bvpo_loss, linear_bvpo_loss, linear_logprobs, pack, segment_sum
+from bvpo_kernels import bvpo_loss, linear_bvpo_loss, linear_logprobs, ops, pack, segment_sum
 from bvpo_kernels.backends import one_pass
 from bvpo_kernels.backends.slopes import SLOPES
 from bvpo_kernels.head.cost import HeadShape, one_pass_bytes
@@ -274,6 +274,23 @@ def test_compiles_to_one_graph(impl):
     expected = torch.autograd.grad(step(*inputs), inputs)
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(monkeypatch, impl, dtype):
+    """Of a small call of every gradient, and of the scaling in its backward."""
+    case = Case(dtype, dim=5, vocab=11, bias=True, batch=pack(units(11, 2, lengths=(3, 2))))
+    asked = []
+    run_op = ops.linear_pair_loss
+    monkeypatch.setattr(ops, "linear_pair_loss", lambda *a: asked.append(a) or run_op(*a))
+    inputs = {name: tensor.requires_grad_() for name, tensor in case.inputs().items()}
+    call(case, inputs, case.ref_scores(), one_pass=True, impl=impl)
+    torch.library.opcheck(run_op.default, asked[0])
+    values, rows = torch.randn(4, 3), torch.randn(4)
+    for factor in (rows, rows[0]):
+        torch.library.opcheck(torch.ops.bvpo.scaled, (values, factor, dtype))
+    expected = (values.double() * rows[:, None].double()).to(dtype)
+    assert torch.equal(torch.ops.bvpo.scaled(values, rows, dtype), expected)
 
 
 def test_second_derivatives_raise(impl):

@@ -71,8 +71,8 @@ def advice(cfg: RunConfig, ranks: int) -> list[str]:
     small = default_workspace("cpu") // MIB
     if train.head_workspace_mib is None:
         found.append(
-            f"train.head_workspace_mib {small}: the LM head computes tiles of logits again, a third "
-            f"more of its FLOPs, in the place of two fp32 gradients of its weight"
+            f"train.head_workspace_mib {small}: the LM head keeps no fp32 gradients of its weight, "
+            f"and computes tiles of logits again, a third more of its FLOPs"
         )
     elif train.head_workspace_mib > 64:
         found.append(
