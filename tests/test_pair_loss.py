@@ -102,6 +102,8 @@ def test_chunks(monkeypatch, impl, rows, name):
     case = HEADS[name]
     if impl == "cpp" and case.rank:
         pytest.skip("cpp has no LoRA")
+    if impl == "triton" and rows < 16 and (rows, name) != (5, "lora"):
+        pytest.skip("a chunk takes a second in the interpreter")
     monkeypatch.setattr(one_pass, "LEAST_ROWS", 1)
     compare(case, impl, workspace_bytes=least_workspace(case, impl, rows), upstream=-1.7)
 
@@ -155,8 +157,10 @@ def test_saturated_and_hopeless_pairs(impl):
         assert all((g.abs().max() == 0) == (sign == 1) for g in gradients)
 
 
-def test_a_kind_of_weight_zero_may_be_infinite(impl):
-    case = Case(bias=True, options={"alpha": 0.0})
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_a_kind_of_weight_zero_may_be_infinite(impl, loss):
+    """And its loss have an infinite slope."""
+    case = Case(bias=True, loss=loss, options={"alpha": 0.0})
     inputs, batch = case.inputs(), case.pack()
     start, stop = batch.group_ranges_G2[0].tolist()
     trace = set(batch.target_T[start:stop].tolist()) - set(batch.target_T[stop:].tolist())

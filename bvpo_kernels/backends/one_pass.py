@@ -165,16 +165,13 @@ def spread(values_S: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 def factor_tokens(pairs: Pairs, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Upstream gradient of each token in its pair's margin, scaled to 1 at most; the scales [P].
-    The first in the accumulation dtype, the second in fp64.
 
-    A pair of weight 0 is left out, not multiplied: it may be infinite. And half precision has no
-    room for p / length.
+    The first in the accumulation dtype, the second in fp64. Half precision has no room for
+    p / length, but for p.
     """
     scale_P = pairs.factor_S.abs().view(-1, 2).amax(1)
-    used_P = pairs.weight_P != 0
-    factor_P2 = (pairs.factor_S.view(-1, 2) / scale_P[:, None]).masked_fill(~used_P[:, None], 0)
-    acc = pairs.reference_S.dtype
-    return spread(factor_P2.flatten().to(acc), pairs.cu_seqlens, num_tokens), scale_P
+    factor_S = (pairs.factor_S.view(-1, 2) / scale_P[:, None]).flatten().to(pairs.reference_S.dtype)
+    return spread(factor_S, pairs.cu_seqlens, num_tokens), scale_P
 
 
 def slopes(pairs: Pairs, scores_S: Tensor, which: slice) -> Tensor:
