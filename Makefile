@@ -63,7 +63,7 @@ asan: $(STAMP)  ## run the C++ kernels' tests under the address and undefined-be
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=build/asan \
 		$(VENV)/bin/pytest -q -m "not slow" -k "cpp and not memory" \
 		tests/test_logprobs.py tests/test_logprobs_cpp.py tests/test_tail.py \
-		tests/test_grad_stats_cpp.py
+		tests/test_grad_stats_cpp.py tests/test_pair_gradients_cpp.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -218,15 +218,16 @@ def test_bitwise_the_same_for_any_number_of_threads(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk_tokens", [64, 512])
-def test_logprobs_are_those_of_the_scores(dtype, chunk_tokens):
+@pytest.mark.parametrize("sizes", [(300, 64, 64, 2100), (300, 512, 64, 2100), (1100, 512, 72, 600)])
+def test_logprobs_are_those_of_the_scores(dtype, sizes):
     """Bit for bit: a reference's log-probabilities and the policy's cancel at the same weights."""
-    inputs = Case(300, 64, 2100, dtype, bias=True).inputs()
+    num_tokens, chunk_tokens, dim, vocab = sizes
+    inputs = Case(num_tokens, dim, vocab, dtype, bias=True).inputs()
     tensors = [inputs[name] for name in ("hidden", "weight", "target", "bias")]
     scores = torch.ops.bvpo.cpu_linear_logprobs_forward(
         *tensors, 0.9, 20.0, -100, 2**27, False, False
     )
-    actual = one_pass(inputs, signs(300), chunk_tokens, temperature=0.9, softcap=20.0)
+    actual = one_pass(inputs, signs(num_tokens), chunk_tokens, temperature=0.9, softcap=20.0)
     assert torch.equal(actual["logprobs"], scores[0])
 
 

@@ -78,12 +78,13 @@ struct Head {
   const int64_t* index;   // [num_tokens], rows of the caller's tensors
   const int64_t* target;  // by row of the caller's tensors
   int64_t num_tokens;
+  int64_t most_block = kMostBlockTokens;
 
   int64_t padded_dim() const { return round_up(dim, kStepK<T>); }
 
   // Tokens of a block, from the problem alone: results must not depend on the number of threads.
   int64_t block_tokens() const {
-    return std::clamp<int64_t>(round_up((num_tokens + 7) / 8, 32), 32, kMostBlockTokens);
+    return std::clamp<int64_t>(round_up((num_tokens + 7) / 8, 32), 32, most_block);
   }
 
   // Tokens of a pass over the vocabulary that keeps so many bytes for each: within the workspace,

@@ -13,6 +13,9 @@
 namespace bvpo {
 namespace {
 
+// Blocks of tokens are the tasks that form dZ and dH, and a chunk has few of them.
+constexpr int64_t kChunkBlock = kMostBlockTokens / 2;
+
 float* sums_of(const char* name, const std::optional<Tensor>& sums, at::IntArrayRef sizes) {
   if (!sums) return nullptr;
   TORCH_CHECK(sums->scalar_type() == at::kFloat && sums->is_contiguous() && sums->sizes() == sizes,
@@ -47,7 +50,8 @@ std::tuple<Tensor, Tensor> pair_gradients(
                         sums_of("bias_sums", bias_sums, weight.size(0))};
   const Options options{temperature, softcap, ignore_index, 0};
   const auto rows = scored_rows(target, ignore_index);
-  with_head(hidden, weight, target, rows, bias, options, [&](const auto& head) {
+  with_head(hidden, weight, target, rows, bias, options, [&](auto head) {
+    head.most_block = kChunkBlock;
     PairGradients(head, in, scores, out, chunk_tokens).run();
   });
   if (need_hidden) zero_ignored(unit, target, ignore_index);
