@@ -16,8 +16,14 @@ constexpr int kWidth = sizeof(V) / 4;
 template <int S, typename V, int... L>
 BVPO_INLINE void exchange(V& a, V& b, std::integer_sequence<int, L...>) {
   constexpr int n = kWidth<V>;
+#if defined(__clang__)
   const V first = __builtin_shufflevector(a, b, ((L & S) ? n + L - S : L)...);
   b = __builtin_shufflevector(a, b, ((L & S) ? n + L : L + S)...);
+#else  // gcc has that name from 12 on
+  typedef int32_t Index __attribute__((vector_size(sizeof(V))));
+  const V first = __builtin_shuffle(a, b, Index{((L & S) ? n + L - S : L)...});
+  b = __builtin_shuffle(a, b, Index{((L & S) ? n + L : L + S)...});
+#endif
   a = first;
 }
 
