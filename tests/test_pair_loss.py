@@ -231,6 +231,17 @@ def test_what_it_does_not_serve_takes_the_other_schedule(name):
     assert found["dhidden"].abs().max() > 0
 
 
+@pytest.mark.parametrize("amx", [True, False])
+def test_the_default_is_the_faster_one(monkeypatch, impl, amx):
+    """Which on a CPU depends on the rate of its products."""
+    paths = {torch.bfloat16: "AMX brgemm" if amx else "AVX512-BF16 brgemm"}
+    monkeypatch.setattr(one_pass, "CPU_PATHS", paths)
+    half = impl != "eager" and not (amx and impl == "cpp")
+    for dtype, expected in ((torch.float32, True), (torch.bfloat16, half)):
+        assert run(Case(dtype), impl=impl)[1].one_pass == expected
+        assert run(Case(dtype), impl=impl, one_pass=True)[1].one_pass
+
+
 def test_without_gradients_there_are_scores_alone(impl):
     case = Case()
     with torch.no_grad():

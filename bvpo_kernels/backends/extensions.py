@@ -70,9 +70,13 @@ def why_missing(name: str) -> str:
     return _reasons[name]
 
 
+_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What the CPU kernels' products run on here, by dtype; none when the kernels are missing.
+CPU_PATHS: dict[torch.dtype, str] = (
+    {} if _reasons["cpu"] else {d: torch.ops.bvpo.cpu_path(d) for d in _NAMES.values()}
+)
+
+
 def cpu_detail() -> str:
     """Which products the CPU kernels run on here, by dtype; '' when they are missing."""
-    if why_missing("cpu"):
-        return ""
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return ", ".join(f"{name}: {torch.ops.bvpo.cpu_path(dtype)}" for name, dtype in names.items())
+    return ", ".join(f"{n}: {CPU_PATHS[d]}" for n, d in _NAMES.items() if d in CPU_PATHS)

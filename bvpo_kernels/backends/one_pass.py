@@ -21,6 +21,7 @@ from torch import Tensor
 from bvpo_kernels import backends
 from bvpo_kernels.backends.eager.engine import BYTES_PER_LOGIT
 from bvpo_kernels.backends.eager.grad_stats import empty, signs, vector_statistics
+from bvpo_kernels.backends.extensions import CPU_PATHS
 from bvpo_kernels.backends.schedule import Engine, ranges, whole_tiles
 from bvpo_kernels.backends.slopes import SLOPES
 from bvpo_kernels.backends.statistics import Asked
@@ -140,6 +141,21 @@ class EngineFormer:
         none = torch.empty(0, dtype=self.engine.dtype, device=self.engine.device)
         logprobs_T = self.engine.put_back(self.logprobs_R)
         return logprobs_T, none if self.sink is None else self.sink.result()
+
+
+def slower(impl: str, dtype: torch.dtype, device: str) -> str:
+    """Why a backend takes longer so than by computing tiles again; '' where it does not.
+
+    On a CPU whose products run at 1.5 TFLOP/s (AMX) the bytes of the logits and of fresh fp32 sums
+    outweigh the product that they save: 1.1 to 1.5 x the time (csrc/README.md). `eager` rounds
+    products to bf16 there, and adds them in a pass of its own.
+    """
+    if device != "cpu" or impl not in ("cpp", "eager") or dtype.itemsize > 2:
+        return ""
+    if impl == "eager":
+        return "'eager' computes tiles of half-precision logits again in less time"
+    amx = "AMX" in CPU_PATHS.get(dtype, "")
+    return "with AMX computing tiles of logits again takes less time" if amx else ""
 
 
 def num_tiles(pairs: int, asked: Asked | None = None) -> int:

@@ -171,8 +171,9 @@ def linear_bvpo_loss(
             `linear_logprobs`; targets are `batch.target_T`.
         batch, ref_scores_S, alpha, loss, beta, pair_counts, unit_counts, kl, loss_options: of
             `bvpo_loss`.
-        one_pass: None takes one pass where it serves; True refuses, with the reason, where it does
-            not; False never takes it. It serves a trained head (weight, bias or LoRA's B) of any
+        one_pass: None takes one pass where it serves and is not slower (half precision on a CPU
+            with AMX, or on "eager"); True refuses, with the reason, where it does not serve; False
+            never takes it. It serves a trained head (weight, bias or LoRA's B) of any
             loss of a margin ("dpo", "ipo", "ipo_sum", "hinge", "simpo"; not "kto"), whole on its
             rank, with tail_tolerance 0, of a batch that was packed on the host (`pack`,
             `PackedBatch.to`); while gradient statistics are collected, with one pair per group, or
@@ -208,6 +209,8 @@ def linear_bvpo_loss(
     why = "it was not asked for"
     if one_pass is not False:
         why = _unserved(inputs, call, sharded, loss, batch)
+    if not why and one_pass is None:
+        why = schedule.slower(call.impl, inputs.hidden_TD.dtype, inputs.hidden_TD.device.type)
     if not why:
         bound, why = _workspace(inputs, call, workspace_bytes, batch)
     if why and one_pass:
