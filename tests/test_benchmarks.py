@@ -100,13 +100,14 @@ def test_groups_are_complete(name):
 
 def test_logprobs_covers_what_it_promises():
     cases = logprobs.GROUP.cases
-    assert {case.mode for case in cases} == {"scores", "frozen", "trained"}
+    assert {case.mode for case in cases} == {"scores", "frozen", "trained", "dpo"}
     assert {case.dtype for case in cases} == {"bfloat16", "float32"}
     assert {case.shape["T"] for case in cases} >= {4096, 32_768}
     assert {case.shape["V"] for case in cases} >= {49_152, 151_936}
     assert logprobs.GROUP.baseline.name == "naive"
     assert any(case.shape.get("ignored") == 50 for case in logprobs.GROUP.quick)
-    assert {"naive", "trl-style", "eager", "cpp"} <= {row.name for row in logprobs.GROUP.rows}
+    names = {row.name for row in logprobs.GROUP.rows}
+    assert names >= {"naive", "trl-style", "eager", "cpp", "one pass", "tiles again"}
 
 
 def test_a_stated_bound_is_allowed_besides():
@@ -347,11 +348,8 @@ def test_bad_names_and_files_are_named(tmp_path):
     assert len(run.select_cases(logprobs.GROUP, True, "T=256 D=576 V=49152")) == 1
     with pytest.raises(ValueError, match="rows: 'nonsense' matches none of"):
         run.select_rows(logprobs.GROUP, "nonsense")
-    assert [row.name for row in run.select_rows(logprobs.GROUP, "^cpp|eager").rows] == [
-        "naive",
-        "eager",
-        "cpp",
-    ]
+    chosen = [row.name for row in run.select_rows(logprobs.GROUP, "^cpp|^eager").rows]
+    assert chosen == ["naive", "eager", "cpp", "naive"]  # a baseline of each set of modes
     with pytest.raises(ValueError, match=r"none\.csv: expected a result"):
         records.read_csv(tmp_path / "none.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")

@@ -129,7 +129,7 @@ GROUP = Group(
             predicted_bytes=trl_bytes),
         _ours("eager"),
         _ours("cpp"),
-        Row("bare GEMM", _make_gemm, yardstick="the products of the textbook path"),
+        Row("bare GEMM", _make_gemm, yardstick="the products of the textbook path", modes=MODES),
         *pair.OURS,
     ),
     make_inputs=make_inputs,
