@@ -267,5 +267,5 @@ ROWS = (
     _row("Liger DPO", lambda *_: _liger, package="liger-kernel", predicted_bytes=_liger_bytes,
          missing=lambda _: why_not("liger-kernel", LIGER)),
     _row("one pass", partial(_one_pass, "auto"), package="bvpo_kernels"),
-    _row("tiles again", partial(_from_logprobs, _by_tiles("auto")), package="bvpo_kernels"),
+    _row("bvpo_kernels", partial(_from_logprobs, _by_tiles("auto")), package="bvpo_kernels"),
 )  # fmt: skip
