@@ -6,6 +6,7 @@ from grad_stats_cases import exact_norms, model, units
 from test_logprobs import IMPLS
 
 from bvpo_kernels import GradStats, linear_bvpo_loss, pack
+from bvpo_kernels.backends import one_pass as one_pass_module
 from bvpo_kernels.integrations.transformers import backbone
 
 EXACT = {"rtol": 1e-10, "atol": 1e-14}
@@ -110,3 +111,5 @@ def test_too_many_groups_for_the_default_take_tiles_again():
     lm, batch = model(), pack(units(5))
     assert not _within(lm, batch, None)[1]
     assert _within(lm, pack(units(4)), None)[1]
+    assert one_pass_module.fits_default(2, 2**40)
+    assert not one_pass_module.fits_default(4, 2**33)

@@ -34,8 +34,8 @@ LOGIT_BYTES = {"eager": BYTES_PER_LOGIT, "cpp": 4, "triton": 4}
 DEFAULT_ROWS = {"eager": 256, "cpp": 1024, "triton": 2048}
 # Below this the sums' traffic outweighs the product that the pass saves.
 LEAST_ROWS = 64
-# Groups whose tiles the default workspace holds for statistics.
-MOST_TILES = 8
+# Tiles that the default workspace holds for statistics, where they are more than two.
+MOST_TILES, MOST_TILE_BYTES = 8, 4 * 2**30
 
 
 class Formed(NamedTuple):
@@ -161,6 +161,11 @@ def slower(impl: str, dtype: torch.dtype, device: str) -> str:
 def num_tiles(pairs: int, asked: Asked | None = None) -> int:
     """Tiles of sums that a pass over so many pairs has."""
     return pairs if asked is not None and asked.plan.exact else min(pairs, 2)
+
+
+def fits_default(tiles: int, total_bytes: int) -> bool:
+    """Whether so many tiles are taken where nobody bounds the workspace."""
+    return tiles <= 2 or (tiles <= MOST_TILES and total_bytes <= MOST_TILE_BYTES)
 
 
 def tile_bytes(vocab: int, width: int, dtype: torch.dtype) -> int:

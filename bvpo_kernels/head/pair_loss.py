@@ -73,15 +73,15 @@ def _workspace(
     shape = HeadShape(inputs.target_T.shape[0], dim, vocab, rank)
     options: Any = {"weight": _need(inputs).weight, "tiles": tiles}
     bytes_of = partial(one_pass_bytes, shape, inputs.hidden_TD.dtype, call.impl, **options)
-    if given is None and tiles <= schedule.MOST_TILES:
-        return bytes_of().total, ""
     if given is None:
-        return 0, f"{tiles} groups are measured, by default {schedule.MOST_TILES} at most"
+        default = bytes_of()
+        fits = schedule.fits_default(tiles, default.tiles)
+        return (
+            default.total,
+            "" if fits else f"{tiles} groups are measured, in {default.tiles} bytes",
+        )
     least = bytes_of(rows=schedule.LEAST_ROWS).total
-    return (
-        given,
-        f"workspace_bytes: expected at least {least}, got {given}" if given < least else "",
-    )
+    return given, "" if given >= least else f"workspace_bytes: expected {least}, got {given}"
 
 
 def _pairs(
@@ -181,8 +181,9 @@ def linear_bvpo_loss(
         workspace_bytes: bound on temporary memory. One pass takes two tiles [V, D] in fp32 (one if
             there is one pair; with exact gradient statistics one per group) and the logits of a
             chunk of rows, 4 bytes each (16 on "eager"), of at least 64 rows. None: as much as that
-            with 2048 rows on a GPU, 1024 on "cpp", 256 on "eager", whatever T is; where one pass
-            does not serve, the default of `linear_logprobs`.
+            with 2048 rows on a GPU, 1024 on "cpp", 256 on "eager", whatever T is, and for more than
+            two groups up to 8 of them in 4 GiB; where one pass does not serve, the default of
+            `linear_logprobs`.
 
     Returns:
         BVPOLoss: as of `bvpo_loss`, with `scores_S`. After one pass (`one_pass` in it) the gradient

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from bvpo_kernels.backends.one_pass import LEAST_ROWS, MOST_TILES, slower
+from bvpo_kernels.backends.one_pass import LEAST_ROWS, fits_default, slower
 from bvpo_kernels.backends.slopes import SLOPES
 from bvpo_kernels.head.cost import HeadShape, default_workspace, one_pass_bytes, trained_flops
 from train.config import RunConfig
@@ -40,7 +40,7 @@ def head_schedule(
     least = one_pass_bytes(shape, dtype, impl, weight=weight, tiles=tiles, rows=LEAST_ROWS).total
     serves = (weight or shape.rank > 0) and cfg.loss.name in SLOPES
     serves = serves and cfg.train.tail_tolerance == 0 and not slower(impl, dtype, device)
-    if serves and (tiles <= MOST_TILES if given is None else given >= least):
+    if serves and (fits_default(tiles, needed.tiles) if given is None else given >= least):
         flops = trained_flops(shape, dtype, None, weight=weight)
         return HeadSchedule(given or needed.total, needed.tiles, flops, True)
     workspace = default_workspace(device) if given is None else given
