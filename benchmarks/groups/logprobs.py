@@ -111,7 +111,8 @@ GROUP = Group(
         *(
             case
             for tokens in (4096, 16_384, 65_536)
-            for case in _cases(tokens, {"D": 576, "V": 8192}, "float32", ("scores", "trained"), 1)
+            for mode in ("scores", "trained", pair.MODE)
+            for case in _cases(tokens, {"D": 576, "V": 8192}, "float32", (mode,), 1)
         ),
     ),
     quick=(
