@@ -94,7 +94,7 @@ def _unfused(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def _head_rows() -> tuple[Row, ...]:
-    shared = {row.name: row for row in logprobs.GROUP.rows}
+    shared = {row.name: row for row in logprobs.GROUP.rows if head_cases.MODES[0] in row.modes}
     ours = [
         _row(impl, functools.partial(linear_logprobs, impl=impl), MISSING[impl]) for impl in OURS
     ]
