@@ -37,15 +37,15 @@ def one_pass(
     bias: bool = True,
     **options,
 ) -> dict[str, Tensor]:
-    """The op on sums that hold NaN beforehand."""
+    """The op on memory that holds NaN beforehand."""
     weight_VD = inputs["weight"]
     sums_VD = torch.full(weight_VD.shape, torch.nan) if weight else None
     bias_sums_V = torch.full(weight_VD.shape[:1], torch.nan) if bias else None
     tensors = Inputs(inputs["hidden"], weight_VD, inputs["target"], inputs.get("bias"))
-    results = cpp.pair_gradients(
-        tensors, Call(**options), factor_T, chunk_tokens, hidden, sums_VD, bias_sums_V
-    )
-    return dict(zip(NAMES, (*results, sums_VD, bias_sums_V), strict=True))
+    unit_TD = torch.full(inputs["hidden"].shape, torch.nan, dtype=weight_VD.dtype)
+    into = (unit_TD if hidden else None, sums_VD, bias_sums_V)
+    logprobs_T = cpp.pair_gradients(tensors, Call(**options), factor_T, chunk_tokens, into)
+    return dict(zip(NAMES, (logprobs_T, *into), strict=True))
 
 
 def naive(
@@ -276,18 +276,19 @@ def test_wrong_arguments_are_refused():
     inputs = Case(8, 16, 20).inputs()
     tensors = [inputs[name] for name in ("hidden", "weight", "target")]
 
-    def call(factor_T=None, chunk_tokens=64, sums=None, bias_sums=None):
+    def call(factor_T=None, chunk_tokens=64, unit=None, sums=None, bias_sums=None):
         factor_T = torch.ones(8) if factor_T is None else factor_T
         torch.ops.bvpo.cpu_pair_gradients(
-            *tensors, None, factor_T, 1.0, None, -100, chunk_tokens, True, sums, bias_sums
+            *tensors, None, factor_T, 1.0, None, -100, chunk_tokens, unit, sums, bias_sums
         )
 
     for wrong, message in [
         ({"factor_T": torch.ones(7)}, "factor"),
         ({"chunk_tokens": 0}, "chunk_tokens"),
-        ({"sums": torch.zeros(20, 16).bfloat16()}, "sums: contiguous fp32"),
-        ({"sums": torch.zeros(16, 20).T}, "sums: contiguous fp32"),
-        ({"bias_sums": torch.zeros(19)}, "bias_sums: contiguous fp32"),
+        ({"sums": torch.zeros(20, 16).bfloat16()}, "sums: contiguous Float"),
+        ({"sums": torch.zeros(16, 20).T}, "sums: contiguous Float"),
+        ({"unit": torch.zeros(8, 15)}, "unit: contiguous Float"),
+        ({"bias_sums": torch.zeros(19)}, "bias_sums: contiguous Float"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call(**wrong)

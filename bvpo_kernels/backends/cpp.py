@@ -50,24 +50,16 @@ def backward(dlogprobs_T: Tensor, inputs: Inputs, kept: Kept, call: Call, need: 
 
 
 def pair_gradients(
-    inputs: Inputs,
-    call: Call,
-    factor_T: Tensor,
-    chunk_tokens: int,
-    need_hidden: bool,
-    sums_VD: Tensor | None,
-    bias_sums_V: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """logp [T], fp32, and factor_t d logp_t / d hidden_t [T, D], empty unless `need_hidden`.
+    inputs: Inputs, call: Call, factor_T: Tensor, chunk_tokens: int, into: tuple[Tensor | None, ...]
+) -> Tensor:
+    """logp [T], fp32.
 
-    `sums_VD`, `bias_sums_V` (fp32, contiguous) are overwritten with sum_t factor_t d logp_t / d W
-    and d bias. The logits of about `chunk_tokens` tokens exist at once: 4 V chunk_tokens bytes.
+    into: the results besides, overwritten, None where not wanted; contiguous: factor_t d logp_t / d
+    hidden_t [T, D], in its dtype; in fp32 sum_t factor_t d logp_t / d W and d bias. The logits of
+    about `chunk_tokens` tokens exist at once: 4 V chunk_tokens bytes.
     """
-    logprobs_T, unit_TD = torch.ops.bvpo.cpu_pair_gradients(
-        *inputs[:4], factor_T, call.temperature, call.softcap, call.ignore_index, chunk_tokens,
-        need_hidden, sums_VD, bias_sums_V,
-    )  # fmt: skip
-    return logprobs_T, unit_TD
+    options = (call.temperature, call.softcap, call.ignore_index, chunk_tokens)
+    return torch.ops.bvpo.cpu_pair_gradients(*inputs[:4], factor_T, *options, *into)
 
 
 def head_statistics(
@@ -113,24 +105,25 @@ class PairFormer:
     def __init__(
         self, inputs: Inputs, call: Call, pairs: Pairs, factor_T: Tensor, need: Need, room: int
     ) -> None:
-        self.inputs, self.call, self.factor_T, self.need = inputs, call, factor_T, need
+        self.inputs, self.call, self.factor_T = inputs, call, factor_T
         self.ranges = pairs.ranges_P2.tolist()
         self.cu_seqlens = pairs.cu_seqlens
         self.chunk = max(room // (4 * inputs.weight_VD.shape[0]), 1)
         self.logprobs_T = torch.zeros_like(factor_T)
-        self.unit_TD = torch.empty_like(inputs.hidden_TD) if need.hidden else factor_T.new_empty(0)
+        shape = inputs.hidden_TD.shape if need.hidden else (0,)
+        self.unit_TD = inputs.hidden_TD.new_empty(shape)
+        self.wants_unit = need.hidden
 
     def form(self, pair: int, sums_VE: Tensor | None, dbias_V: Tensor | None) -> None:
         tokens = slice(*self.ranges[pair])
         own = self.inputs._replace(
             hidden_TD=self.inputs.hidden_TD[tokens], target_T=self.inputs.target_T[tokens]
         )
-        logprobs, unit = pair_gradients(
-            own, self.call, self.factor_T[tokens], self.chunk, self.need.hidden, sums_VE, dbias_V
+        unit = self.unit_TD[tokens] if self.wants_unit else None
+        into = (unit, sums_VE, dbias_V)
+        self.logprobs_T[tokens] = pair_gradients(
+            own, self.call, self.factor_T[tokens], self.chunk, into
         )
-        self.logprobs_T[tokens] = logprobs
-        if self.need.hidden:
-            self.unit_TD[tokens] = unit
 
     def scores(self, pair: int) -> Tensor:
         edges = self.cu_seqlens[2 * pair : 2 * pair + 3]
@@ -138,5 +131,4 @@ class PairFormer:
         return torch.ops.bvpo.segment_sum(values, edges - edges[0], "eager")
 
     def results(self) -> tuple[Tensor, Tensor]:
-        unit_TD = self.unit_TD.to(self.inputs.hidden_TD.dtype)
-        return self.logprobs_T, unit_TD
+        return self.logprobs_T, self.unit_TD

@@ -33,8 +33,8 @@ for _schema in (
     "int num_kinds, Tensor? rows, Tensor? left) -> (Tensor dhidden, Tensor dweight, "
     "Tensor dbias, Tensor gram, Tensor kinds, Tensor rows, Tensor sketched)",
     "cpu_pair_gradients(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor factor, "
-    "float temperature, float? softcap, int ignore_index, int chunk_tokens, bool need_hidden, "
-    "Tensor(a!)? sums, Tensor(b!)? bias_sums) -> (Tensor logprobs, Tensor unit)",
+    "float temperature, float? softcap, int ignore_index, int chunk_tokens, Tensor(a!)? unit, "
+    "Tensor(b!)? sums, Tensor(c!)? bias_sums) -> Tensor logprobs",
     # fp32 and bf16.
     "cpu_pair_reduce(Tensor tiles, Tensor(a!) total, Tensor? weights=None, bool add=False) -> "
     "Tensor gram",
