@@ -7,7 +7,7 @@ import torch
 from pair_loss_cases import Case, call, compare, run, units
 from test_logprobs import IMPLS
 
-from bvpo_kernels import bvpo_loss, linear_bvpo_loss, linear_logprobs, ops, pack, segment_sum
+from bvpo_kernels import Unit, bvpo_loss, linear_bvpo_loss, linear_logprobs, ops, pack, segment_sum
 from bvpo_kernels.backends import one_pass
 from bvpo_kernels.backends.slopes import SLOPES
 from bvpo_kernels.head.cost import HeadShape, one_pass_bytes
@@ -81,7 +81,10 @@ HEADS = {
     "bias alone": Case(bias=True, trained=("hidden", "bias")),
     "sharp": Case(scale=6.0),
     "two pairs": Case(batch=pack(units(301, pairs=2))),
-    "one pair": Case(batch=pack(units(301, count=1)[:1], kinds=("trace", "empty"))),
+    "one pair": Case(batch=pack([Unit("u", {"trace": units(301)[0].pairs["trace"]})])),
+    "a kind missing": Case(
+        batch=pack([units(301)[0], Unit("u", {"empty": units(301)[1].pairs["empty"]})])
+    ),
     "small vocabulary": Case(vocab=7, batch=pack(units(7))),
     "alpha 1": Case(options={"alpha": 1.0}),
 }
@@ -112,21 +115,26 @@ def test_a_pair_alone_and_in_any_order_of_units(impl):
     """Same scores bit for bit; the same gradients, whose sums have another order."""
     made = units(301)
     whole = {}
-    for order in ([0, 1, 2], [2, 0, 1]):
+    for order in ([0, 1, 2], [2, 0, 1], [0], [1], [2]):
         batch = pack([made[i] for i in order])
         case = Case(batch=batch, options={"pair_counts": {"trace": 3, "empty": 3}})
-        tokens = {"hidden": torch.randn(301, 24, generator=torch.Generator().manual_seed(1))}
-        hidden = tokens["hidden"][batch.tokens_T].requires_grad_()
-        weight = case.inputs()["weight"].requires_grad_()
+        draw = torch.Generator().manual_seed(1)
+        states, weight = (torch.randn(301, 24, generator=draw) for _ in range(2))
+        hidden, weight = states[batch.tokens_T].requires_grad_(), weight.requires_grad_()
         ref = torch.zeros(batch.num_segments)
         result = call(case, {"hidden": hidden, "weight": weight}, ref, one_pass=True, impl=impl)
         result.loss.backward()
-        whole[tuple(order)] = (result.scores_S.view(3, 4), hidden.grad, weight.grad, batch)
-    first, second = whole.values()
-    torch.testing.assert_close(first[2], second[2], rtol=1e-5, atol=1e-7)
-    if impl == "cpp":  # fixed blocks
-        assert torch.equal(first[0], second[0][[1, 2, 0]])
-    torch.testing.assert_close(first[0], second[0][[1, 2, 0]], rtol=1e-6, atol=1e-5)
+        whole[tuple(order)] = (result.scores_S.view(len(order), 4), hidden.grad, weight.grad)
+    first, second, *alone = whole.values()
+    scores, rows, sums = (torch.cat(parts) for parts in zip(*alone, strict=True))
+    sums = sums.view(3, *first[2].shape).sum(0)
+    for other in (second[2], sums):
+        torch.testing.assert_close(other, first[2], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(rows, first[1], rtol=1e-5, atol=1e-7)
+    for other in (second[0][[1, 2, 0]], scores):
+        torch.testing.assert_close(other, first[0], rtol=1e-6, atol=1e-5)
+        if impl == "cpp":  # fixed blocks
+            assert torch.equal(other, first[0])
 
 
 def test_gradcheck():
