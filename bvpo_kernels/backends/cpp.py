@@ -114,6 +114,9 @@ class PairFormer:
         self.unit_TD = inputs.hidden_TD.new_empty(shape)
         self.wants_unit = need.hidden
 
+    def tiles(self, shape: tuple[int, int, int]) -> Tensor:
+        return torch.ops.bvpo.cpu_scratch(shape)
+
     def form(self, pair: int, sums_VE: Tensor | None, dbias_V: Tensor | None) -> None:
         tokens = slice(*self.ranges[pair])
         own = self.inputs._replace(

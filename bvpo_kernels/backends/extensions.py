@@ -35,6 +35,7 @@ for _schema in (
     "cpu_pair_gradients(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor factor, "
     "float temperature, float? softcap, int ignore_index, int chunk_tokens, Tensor(a!)? unit, "
     "Tensor(b!)? sums, Tensor(c!)? bias_sums) -> Tensor logprobs",
+    "cpu_scratch(int[] sizes) -> Tensor",
     # fp32 and bf16.
     "cpu_pair_reduce(Tensor tiles, Tensor(a!) total, Tensor? weights=None, bool add=False) -> "
     "Tensor gram",

@@ -65,6 +65,9 @@ class Measured(NamedTuple):
 class Former(Protocol):
     """One backend's pass over a pair's rows."""
 
+    def tiles(self, shape: tuple[int, int, int]) -> Tensor:
+        """Room for sums, in the accumulation dtype."""
+
     def form(self, pair: int, sums_VE: Tensor | None, dbias_V: Tensor | None) -> None:
         """Fill the pair's rows of the results, and its gradients to the weight and the bias."""
 
@@ -97,6 +100,10 @@ class EngineFormer:
         scored_T = inputs.target_T != engine.call.ignore_index
         before = torch.cat([scored_T.new_zeros(1, dtype=torch.int32), scored_T.cumsum(0)])
         self.edges_S1 = before[pairs.cu_seqlens.to(torch.int64)].to(torch.int32)
+
+    def tiles(self, shape: tuple[int, int, int]) -> Tensor:
+        acc = accumulate_dtype(self.engine.dtype)
+        return torch.empty(shape, dtype=acc, device=self.engine.device)
 
     def form(self, pair: int, sums_VE: Tensor | None, dbias_V: Tensor | None) -> None:
         rows = self.rows[pair]
@@ -147,7 +154,7 @@ def slower(impl: str, dtype: torch.dtype, device: str) -> str:
     """Why a backend takes longer so than by computing tiles again; '' where it does not.
 
     On a CPU whose products run at 1.5 TFLOP/s (AMX) the bytes of the logits and of fresh fp32 sums
-    outweigh the product that they save: 1.1 to 1.5 x the time (csrc/README.md). `eager` rounds
+    outweigh the product that they save: 1.06 to 1.14 x the time (csrc/README.md). `eager` rounds
     products to bf16 there, and adds them in a pass of its own.
     """
     if device != "cpu" or impl not in ("cpp", "eager") or dtype.itemsize > 2:
@@ -249,11 +256,13 @@ def run(
     keeper: Keeper | None = None,
 ) -> tuple[Formed, Measured | None]:  # fmt: skip
     """One pass over the pairs in their order; results that are not wanted are without elements."""
-    count, tiles = len(pairs.scored_P), _tiles(inputs, len(pairs.scored_P), need, keeper)
+    count, width = len(pairs.scored_P), trained_width(inputs, need)
+    apart = keeper is not None and keeper.exact
+    num_tiles = 0 if width == 0 else (count if apart else min(count, 2))
+    tiles = former.tiles((num_tiles, len(inputs.weight_VD), width))
     new: Any = {"dtype": tiles.dtype, "device": tiles.device}
     dbias_PV = torch.empty(count, tiles.shape[1] if need.bias else 0, **new)
     slope_P, gram_PP = pairs.factor_S.new_empty(count), None
-    apart = keeper is not None and keeper.exact
     for pair in range(count):
         tile = tiles[pair if apart else min(pair, 1)] if len(tiles) else None
         former.form(pair, tile, dbias_PV[pair] if need.bias else None)
@@ -277,15 +286,6 @@ def run(
     scores_S = segment_sum(logprobs_T, pairs.cu_seqlens)
     formed = Formed(scores_S, slope_P, unit_TE, total_VE, dbias_PV.sum(0))
     return formed, None if keeper is None else keeper.result(gram_PP, slope_P, dbias_PV)
-
-
-def _tiles(inputs: Inputs, count: int, need: Need, keeper: Keeper | None) -> Tensor:
-    """Room for the sums of pairs, [K, V, E]."""
-    weight_VD, width = inputs.weight_VD, trained_width(inputs, need)
-    apart = keeper is not None and keeper.exact
-    num_tiles = 0 if width == 0 else (count if apart else min(count, 2))
-    acc = accumulate_dtype(weight_VD.dtype)
-    return torch.empty(num_tiles, len(weight_VD), width, dtype=acc, device=weight_VD.device)
 
 
 def _join(tiles: Tensor, slope_P: Tensor, pair: int) -> None:
