@@ -58,8 +58,12 @@ def pairs_group(device: str, vocab: int = VOCAB, shrink: int = 1) -> Group:
         cases.append(replace(case, shape={**sizes, "V": vocab}))
     selective = next(row for row in pair.ROWS if row.name == "TRL selective")
     return Group(
-        name="gpu-head-pairs", title="a pair's loss through the trained head on a GPU",
-        cases=tuple(cases), quick=tuple(cases[:2]),
+        name="gpu-head-pairs",
+        title="a pair's loss through the trained head on a GPU",
+        cases=tuple(cases),
+        quick=tuple(cases[:2]),
         rows=(pair.NAIVE, selective, *pair.own_rows("triton"), *pair.measured_rows("triton")),
-        make_inputs=head_inputs, gate=pair.gate, tiny=tiny,
-    )  # fmt: skip
+        make_inputs=head_inputs,
+        gate=pair.gate,
+        tiny=tiny,
+    )

@@ -90,10 +90,14 @@ def call(case, inputs, ref_scores_S=None, **options):
     lora = (inputs["low"], inputs["lora_b"]) if "low" in inputs else None
     asked = {"alpha": 0.3, "loss": case.loss, **case.options, **options}
     return linear_bvpo_loss(
-        inputs["hidden"], inputs["weight"], batch,
+        inputs["hidden"],
+        inputs["weight"],
+        batch,
         None if ref_scores_S is None else ref_scores_S.to(acc),
-        bias=inputs.get("bias"), lora=lora, **asked,
-    )  # fmt: skip
+        bias=inputs.get("bias"),
+        lora=lora,
+        **asked,
+    )
 
 
 def run(case, dtype=None, upstream=1.0, **options):

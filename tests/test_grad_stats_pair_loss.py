@@ -26,15 +26,24 @@ def measure(lm, batches, *, impl="eager", one_pass=True, upstream=1.0, **options
     for batch in batches:
         with stats.collect(batch) as scale:
             hidden = backbone(lm)(
-                input_ids=batch.tokens_T[None], position_ids=batch.position_ids_T[None],
+                input_ids=batch.tokens_T[None],
+                position_ids=batch.position_ids_T[None],
                 use_cache=False,
-            ).last_hidden_state[0]  # fmt: skip
+            ).last_hidden_state[0]
             acc = torch.promote_types(hidden.dtype, torch.float32)
             result = linear_bvpo_loss(
-                hidden, head.weight, batch, torch.full((batch.num_segments,), -30.0, dtype=acc),
-                0.3, beta=0.3, pair_counts=counts, unit_counts=counts, impl=impl, bias=head.bias,
+                hidden,
+                head.weight,
+                batch,
+                torch.full((batch.num_segments,), -30.0, dtype=acc),
+                0.3,
+                beta=0.3,
+                pair_counts=counts,
+                unit_counts=counts,
+                impl=impl,
+                bias=head.bias,
                 one_pass=one_pass,
-            )  # fmt: skip
+            )
             if upstream != 1:
                 scale.scale({kind: upstream * float(v) for kind, v in result.kind_scale.items()})
             (result.loss * upstream).backward()
@@ -98,9 +107,10 @@ def _within(lm, batch, one_pass, **options):
     lm.zero_grad()
     with stats.collect(batch):
         hidden = backbone(lm)(
-            input_ids=batch.tokens_T[None], position_ids=batch.position_ids_T[None],
+            input_ids=batch.tokens_T[None],
+            position_ids=batch.position_ids_T[None],
             use_cache=False,
-        ).last_hidden_state[0]  # fmt: skip
+        ).last_hidden_state[0]
         ref = torch.full((batch.num_segments,), -30.0, dtype=torch.float64)
         result = linear_bvpo_loss(hidden, head.weight, batch, ref, 0.3, one_pass=one_pass)
         result.loss.backward()

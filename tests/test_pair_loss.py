@@ -158,9 +158,12 @@ def test_saturated_and_hopeless_pairs(impl):
     won_S = torch.tensor([-1e3, 1e3]).repeat(batch.num_pairs)
     for sign in (1, -1):
         result = call(
-            case, {"hidden": hidden, "weight": weight}, scores_S + sign * won_S, impl=impl,
+            case,
+            {"hidden": hidden, "weight": weight},
+            scores_S + sign * won_S,
+            impl=impl,
             one_pass=True,
-        )  # fmt: skip
+        )
         gradients = torch.autograd.grad(result.loss, (hidden, weight))
         assert all((g.abs().max() == 0) == (sign == 1) for g in gradients)
 

@@ -49,9 +49,13 @@ class Objective:
         return segment_sum(self.policy(batch), batch.cu_seqlens)
 
     def loss(
-        self, micro: MicroBatch, alpha: float, pair_counts: Mapping[str, int],
-        kl: Mapping[str, Tensor] | None, unit_counts: Mapping[str, int] | None = None,
-    ) -> BVPOLoss:  # fmt: skip
+        self,
+        micro: MicroBatch,
+        alpha: float,
+        pair_counts: Mapping[str, int],
+        kl: Mapping[str, Tensor] | None,
+        unit_counts: Mapping[str, int] | None = None,
+    ) -> BVPOLoss:
         """The loss of a micro-batch from its tokens, the head in one pass where that serves."""
         batch = micro.batch.to(self.policy.device)
         mixture = self._mixture(micro, alpha, pair_counts, kl)
@@ -61,18 +65,25 @@ class Objective:
         return self._own(self.policy(batch, loss=partial(linear_bvpo_loss, **mixture)), micro)
 
     def loss_of(
-        self, scores_S: Tensor, micro: MicroBatch, alpha: float, pair_counts: Mapping[str, int],
+        self,
+        scores_S: Tensor,
+        micro: MicroBatch,
+        alpha: float,
+        pair_counts: Mapping[str, int],
         kl: Mapping[str, Tensor] | None,
-    ) -> BVPOLoss:  # fmt: skip
+    ) -> BVPOLoss:
         """The same from scores that are at hand."""
         mixture = self._mixture(micro, alpha, pair_counts, kl)
         batch = micro.batch.to(scores_S.device)
         return self._own(bvpo_loss(scores_S, batch=batch, **mixture), micro)
 
     def _mixture(
-        self, micro: MicroBatch, alpha: float, pair_counts: Mapping[str, int],
+        self,
+        micro: MicroBatch,
+        alpha: float,
+        pair_counts: Mapping[str, int],
         kl: Mapping[str, Tensor] | None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         weights = {TRACE: alpha, EMPTY: 1.0 - alpha, MARGINAL: 0.0}
         return {
             "ref_scores_S": self._reference_scores(micro),

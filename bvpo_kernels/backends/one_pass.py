@@ -252,9 +252,13 @@ class Keeper:
 
 
 def run(
-    former: Former, inputs: Inputs, pairs: Pairs, scale_P: Tensor, need: Need,
+    former: Former,
+    inputs: Inputs,
+    pairs: Pairs,
+    scale_P: Tensor,
+    need: Need,
     keeper: Keeper | None = None,
-) -> tuple[Formed, Measured | None]:  # fmt: skip
+) -> tuple[Formed, Measured | None]:
     """One pass over the pairs in their order; results that are not wanted are without elements."""
     count, width = len(pairs.scored_P), trained_width(inputs, need)
     apart = keeper is not None and keeper.exact

@@ -317,9 +317,16 @@ def head_pair_loss(
     collection.token_axis(layer, inputs.hidden_TD.shape[:-1])
     carrier = collection.carrier_GUD if layer.tied else None
     return _PairLoss.apply(
-        *inputs, *_Leaves.of(layer, collection), carrier, collection.rows_U, call, *pairs, *need,
-        *collection.plan, layer.index,
-    )  # fmt: skip
+        *inputs,
+        *_Leaves.of(layer, collection),
+        carrier,
+        collection.rows_U,
+        call,
+        *pairs,
+        *need,
+        *collection.plan,
+        layer.index,
+    )
 
 
 class _PairLoss(torch.autograd.Function):
@@ -347,7 +354,8 @@ class _PairLoss(torch.autograd.Function):
         mark = torch.zeros(ctx.num_layers, dtype=torch.float64, device=gram_GG.device)
         mark[ctx.layer] = 1
         return (
-            *given, *_given(ctx, torch.cat([products, mark]), kept_weight * dloss,
-                            kept_bias * dloss), drows * dloss if ctx.carried else None,
+            *given,
+            *_given(ctx, torch.cat([products, mark]), kept_weight * dloss, kept_bias * dloss),
+            drows * dloss if ctx.carried else None,
             *[None] * (len(ctx.needs_input_grad) - 10),
-        )  # fmt: skip
+        )

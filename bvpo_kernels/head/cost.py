@@ -39,9 +39,14 @@ class OnePassBytes(NamedTuple):
 
 
 def one_pass_bytes(
-    shape: HeadShape, dtype: torch.dtype, impl: str, *, weight: bool, tiles: int,
+    shape: HeadShape,
+    dtype: torch.dtype,
+    impl: str,
+    *,
+    weight: bool,
+    tiles: int,
     rows: int | None = None,
-) -> OnePassBytes:  # fmt: skip
+) -> OnePassBytes:
     """What `linear_bvpo_loss` takes on a backend with the logits of so many rows at once.
 
     tiles: pairs, of which two share theirs with all others; with exact gradient statistics each

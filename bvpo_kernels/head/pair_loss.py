@@ -198,9 +198,13 @@ def linear_bvpo_loss(
     """
     check_loss(loss, loss_options, ref_scores_S, kl)
     mixture: dict[str, Any] = {
-        "loss": loss, "beta": beta, "pair_counts": pair_counts, "unit_counts": unit_counts,
-        "kl": kl, **loss_options,
-    }  # fmt: skip
+        "loss": loss,
+        "beta": beta,
+        "pair_counts": pair_counts,
+        "unit_counts": unit_counts,
+        "kl": kl,
+        **loss_options,
+    }
     given = Inputs(hidden, weight, batch.target_T, bias, *(lora or (None, None)))
     bound = workspace_for(hidden, workspace_bytes)
     asked = Call(
@@ -234,11 +238,18 @@ def _scores_by_tiles(inputs: Inputs, call: Call, batch: PackedBatch) -> Tensor:
     """Of the segments, differentiable."""
     hidden, weight, target, bias, low, lora_b = inputs
     logprobs_T = linear_logprobs(
-        hidden, weight, target, bias=bias,
+        hidden,
+        weight,
+        target,
+        bias=bias,
         lora=None if low is None or lora_b is None else (low, lora_b),
-        temperature=call.temperature, softcap=call.softcap, ignore_index=call.ignore_index,
-        tail_tolerance=call.tail_tolerance, workspace_bytes=call.workspace_bytes,
-        max_scored=call.max_scored, impl=call.impl,
-    )  # fmt: skip
+        temperature=call.temperature,
+        softcap=call.softcap,
+        ignore_index=call.ignore_index,
+        tail_tolerance=call.tail_tolerance,
+        workspace_bytes=call.workspace_bytes,
+        max_scored=call.max_scored,
+        impl=call.impl,
+    )
     chosen = choose_sum("auto", logprobs_T.device.type)
     return ops.segment_sum(logprobs_T, batch.cu_seqlens, chosen)
