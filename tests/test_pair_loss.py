@@ -1,5 +1,6 @@
 """`linear_bvpo_loss`: gradients formed with the scores, against naive code in fp64."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -72,7 +73,15 @@ def test_losses_of_a_margin_are_those_that_have_a_slope():
         assert same == (name in SLOPES), name
 
 
+def _masked(batch):
+    """Some tokens of a response, and all of another, are not scored after all."""
+    target_T = batch.target_T.clone()
+    target_T[5:12] = target_T[slice(*batch.cu_seqlens[2:4].tolist())] = -100
+    return dataclasses.replace(batch, target_T=target_T)
+
+
 HEADS = {
+    "masked": Case(batch=_masked(pack(units(301)))),
     "bias": Case(bias=True),
     "cap": Case(bias=True, options={"softcap": 5.0, "temperature": 0.7}),
     "lora": Case(rank=3, trained=("hidden", "low", "lora_b")),

@@ -89,6 +89,7 @@ def _pairs(
     objective: tuple[str, float, Mapping[str, float]],
     ref_scores_S: Tensor | None,
     weights: Mapping[str, KindWeight],
+    ignore_index: int,
     dtype: torch.dtype,
 ) -> Pairs:
     """objective: name of the loss, beta, options."""
@@ -99,6 +100,9 @@ def _pairs(
     host, device = batch.on_host, weight_P.device
     assert host is not None
     edges = host.cu_seqlens.to(torch.int64)
+    # Counted, for targets may have been masked since the batch was packed.
+    scored_T = (host.target_T != ignore_index).to(torch.int64)
+    before = torch.cat([scored_T.new_zeros(1), scored_T.cumsum(0)])[edges]
     sign_S = torch.ones(batch.num_segments, dtype=torch.float64, device=device)
     sign_S[1::2] = -1
     if LOSSES[loss].lengths:
@@ -110,7 +114,7 @@ def _pairs(
     return Pairs(
         batch.cu_seqlens,
         torch.stack([edges[:-1:2], edges[2::2]], 1),
-        host.scored_lengths_S.view(-1, 2).sum(1),
+        before[2::2] - before[:-1:2],
         sign_S,
         ref_scores_S.detach().to(dtype),
         weight_P,
@@ -225,7 +229,7 @@ def linear_bvpo_loss(
         return bvpo_loss(scores_S, ref_scores_S, batch, alpha, **mixture)
     weights = kind_weights(batch, alpha, inputs.hidden_TD.device, pair_counts, unit_counts)
     dtype = accumulate_dtype(inputs.hidden_TD.dtype)
-    pairs = _pairs(batch, (loss, beta, loss_options), ref_scores_S, weights, dtype)
+    pairs = _pairs(batch, (loss, beta, loss_options), ref_scores_S, weights, ignore_index, dtype)
     call = call._replace(workspace_bytes=bound)
     carrier, scores_S = _scores(_Request(inputs, call, _need(inputs), pairs, (weight, bias)))
     with torch.no_grad():
